@@ -1,0 +1,1 @@
+"""What runs inside a hospital: supernode, link and worker under one supervisor."""

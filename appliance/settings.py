@@ -1,0 +1,88 @@
+"""A site's settings: `site.toml` and the environment, checked at start.
+
+Rules:
+
+- An environment variable `FEDNNUNET_NAME` wins over the file; the file wins over the default.
+- A key that is not known is an error (FNU-112), never ignored.
+- Nothing here comes from the network: what a study may choose stands in the study.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from federation.errors import Code, FednnunetError
+from federation.study import SITE_NAME
+
+PREFIX = "FEDNNUNET_"
+
+
+class Settings(BaseModel):
+    """Everything that one site decides for itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=SITE_NAME, description="The site's enrolled name.")
+    orchestrator: str = Field(
+        pattern=r"^[^/\s]+:[0-9]{1,5}$", description="HOST:PORT of the orchestrator's listener for hospitals."
+    )
+    data: Path = Field(
+        Path("/data"),
+        description="The dataset in nnU-Net's raw format, mounted read-only: the folder that holds dataset.json, or "
+        "one that holds a single DatasetNNN_Name.",
+    )
+    state: Path = Field(Path("/state"), description="Folder for everything the appliance writes.")
+    ca_certificate: Path = Field(Path("/config/ca.crt"), description="PEM certificate of the orchestrator's authority.")
+    site_key: Path = Field(Path("/config/site.key"), description="The site's private key (OpenSSH format, NIST P-384).")
+    device: str = Field("cuda", pattern=r"^(cpu|mps|cuda(:[0-9]+)?)$", description="Device to train on (-device).")
+    preprocessing_processes: int = Field(4, ge=1, description="Processes for preprocessing and export (-np).")
+    fingerprint_processes: int = Field(4, ge=1, description="Processes for reading the dataset (-npfp).")
+    augmentation_processes: int | None = Field(
+        None, ge=0, description="Processes that load and augment patches; 0: none but the worker; empty: nnU-Net's choice."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of the worker; empty: torch's choice.")
+    compile: bool = Field(True, description="torch.compile on a GPU (nnU-Net's nnUNet_compile).")
+    supernode_port: int = Field(
+        0, ge=0, le=65535, description="Loopback port between supernode and link; 0: any that is free."
+    )
+    poll: float = Field(0.5, gt=0, le=10, description="Seconds between two looks for a new task.")
+
+    @property
+    def spool(self) -> Path:
+        """The spool's folder."""
+        return self.state / "spool"
+
+    @property
+    def work(self) -> Path:
+        """The worker's folder: preprocessed data, checkpoints, models, reports. The link never reads it."""
+        return self.state / "worker"
+
+
+def load(file: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
+    """Settings from a TOML file, the environment and the command line, in rising order; raises FNU-112."""
+    values: dict[str, Any] = {}
+    if file is not None and file.exists():
+        try:
+            values.update(tomllib.loads(file.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise FednnunetError(Code.SETTINGS_INVALID, f"{file}: {error}") from error
+        for key in ("data", "state", "ca_certificate", "site_key"):  # relative to the file they stand in
+            if isinstance(values.get(key), str):
+                values[key] = file.parent / values[key]
+    for key in Settings.model_fields:
+        if (value := environment.get(PREFIX + key.upper())) is not None:
+            values[key] = value
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {faults}") from error

@@ -1,0 +1,139 @@
+"""The spool: the wall between the link (network, no data) and the worker (data, no network).
+
+Layout, under one folder::
+
+    inbox/STUDY/KEY/task.json            what is asked       (written by the link)
+    inbox/STUDY/KEY/weights.safetensors  the weights it carries, if any
+    inbox/STUDY/KEY/cancel               "stop this"          (written by the link)
+    outbox/STUDY/KEY/result.json         the answer           (written by the worker)
+    outbox/STUDY/KEY/weights.safetensors the update, if any
+
+Rules:
+
+- A folder appears whole, by one rename, or not at all.
+- KEY names the task (federation.tasks.Task.key): the same task lies there once, whoever asked and how often.
+- A task with an answer in the outbox is done. Only a failed answer to an earlier attempt is taken away and done again.
+- Whatever leaves the hospital lay in the outbox first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from federation import files, tasks
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A task or an answer as it lies in the spool: its body and, perhaps, a weights file."""
+
+    folder: Path
+    body: Path
+
+    @property
+    def weights(self) -> Path | None:
+        """The weights file, or None."""
+        path = self.folder / WEIGHTS
+        return path if path.exists() else None
+
+
+class Spool:
+    """The two boxes below `root`; the link and the worker each hold one of these."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.inbox = root / "inbox"
+        self.outbox = root / "outbox"
+        with files.disk_errors(root):
+            self.inbox.mkdir(parents=True, exist_ok=True)
+            self.outbox.mkdir(parents=True, exist_ok=True)
+
+    # the link's side
+
+    def put_task(self, task: tasks.Task, weights: Path | None) -> None:
+        """Lay a task into the inbox, unless the same task lies there already.
+
+        A failed answer to an earlier attempt is taken away, so that the worker does the task again. The weights
+        file is moved, not copied: it must lie on the same file system.
+        """
+        folder = self._folder(self.inbox, task)
+        answered = self.result(task)
+        if answered is not None and answered.failure is not None and answered.attempt < task.attempt:
+            shutil.rmtree(self._folder(self.outbox, task))
+        elif (folder / "task.json").exists():
+            (folder / "cancel").unlink(missing_ok=True)
+            same = tasks.parse_task((folder / "task.json").read_bytes()).attempt >= task.attempt
+            if answered is not None or same:
+                if weights is not None:
+                    weights.unlink(missing_ok=True)
+                return
+        with files.new_directory(folder) as new:
+            (new / "task.json").write_bytes(task.model_dump_json(indent=1).encode())
+            if weights is not None:
+                os.replace(weights, new / WEIGHTS)
+
+    def cancel(self, task: tasks.Task) -> None:
+        """Ask the worker to stop this task soon; it stays in the inbox, unanswered."""
+        folder = self._folder(self.inbox, task)
+        if folder.exists():
+            with contextlib.suppress(FileNotFoundError):
+                (folder / "cancel").touch()
+
+    def result(self, task: tasks.Task) -> tasks.Result | None:
+        """The answer to a task, or None when there is none yet."""
+        body = self._folder(self.outbox, task) / "result.json"
+        try:
+            return tasks.parse_result(body.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def result_parcel(self, task: tasks.Task) -> Parcel:
+        """Where the answer lies."""
+        folder = self._folder(self.outbox, task)
+        return Parcel(folder, folder / "result.json")
+
+    # the worker's side
+
+    def waiting(self) -> list[tasks.Task]:
+        """Tasks without an answer that are not cancelled, oldest first."""
+        found = []
+        for body in self.inbox.glob("*/*/task.json"):
+            folder = body.parent
+            if folder.name.startswith(".") or (folder / "cancel").exists():
+                continue
+            if not (self.outbox / folder.parent.name / folder.name / "result.json").exists():
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((body.stat().st_mtime_ns, tasks.parse_task(body.read_bytes())))
+        return [task for _, task in sorted(found, key=lambda item: (item[0], item[1].key))]
+
+    def task_parcel(self, task: tasks.Task) -> Parcel:
+        """Where a task lies."""
+        folder = self._folder(self.inbox, task)
+        return Parcel(folder, folder / "task.json")
+
+    def cancelled(self, task: tasks.Task) -> bool:
+        """Whether the link has asked to stop this task."""
+        return (self._folder(self.inbox, task) / "cancel").exists()
+
+    def put_result(self, task: tasks.Task, result: tasks.Result, weights: Path | None = None) -> None:
+        """Lay the answer into the outbox, whole; a weights file is moved there."""
+        with files.new_directory(self._folder(self.outbox, task)) as new:
+            (new / "result.json").write_bytes(result.model_dump_json(indent=1).encode())
+            if weights is not None:
+                os.replace(weights, new / WEIGHTS)
+
+    # both
+
+    def forget(self, task: tasks.Task) -> None:
+        """Free the weights of a task that nobody can ask for again; bodies stay as a record."""
+        for box in (self.inbox, self.outbox):
+            (self._folder(box, task) / WEIGHTS).unlink(missing_ok=True)
+
+    def _folder(self, box: Path, task: tasks.Task) -> Path:
+        return box / task.study.id / task.key

@@ -1,0 +1,109 @@
+"""Hash-chained JSON lines: a line cannot be changed, dropped or put elsewhere without being found.
+
+Rules:
+
+- A line holds ``seq``, ``at`` (UTC, ISO 8601), ``event``, its own fields, ``prev`` (the hash of the line
+  before) and ``hash`` (SHA-256 of the canonical JSON of all the rest).
+- A line counts when it is fsynced. `append` returns only then.
+- A last line that was torn by a crash never counted: it is cut off when the file is opened for writing.
+- Any other damage is FNU-504.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from federation.errors import Code, FednnunetError
+from federation.files import canonical_json, disk_errors, sha256_json, sync_directory
+
+GENESIS = "0" * 64
+
+
+def _parse(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Lines that hold, and the length in bytes of what holds."""
+    lines: list[dict[str, Any]] = []
+    previous, good = GENESIS, 0
+    for number, raw in enumerate(data.split(b"\n")):
+        if good + len(raw) >= len(data):  # no newline after it: torn, or the empty rest
+            break
+        try:
+            line = json.loads(raw)
+            body = {key: value for key, value in line.items() if key != "hash"}
+            sound = line["seq"] == number and line["prev"] == previous and line["hash"] == sha256_json(body)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise FednnunetError(Code.JOURNAL_DAMAGED, f"line {number + 1} of {path}")
+        lines.append(line)
+        previous = line["hash"]
+        good += len(raw) + 1
+    return lines, good
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of a chain, verified; a torn last line is left out. Raises FNU-504."""
+    if not path.exists():
+        return []
+    return _parse(path, path.read_bytes())[0]
+
+
+def verify(path: Path) -> int:
+    """The number of lines of a sound chain; raises FNU-504 with the first line that does not hold."""
+    return len(read(path))
+
+
+class Chain:
+    """A chain opened for writing by one process.
+
+    Parameters
+    ----------
+    path : Path
+        The file; made when it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            sync_directory(path.parent)
+        data = path.read_bytes()
+        self.lines, good = _parse(path, data)
+        if good < len(data):
+            os.ftruncate(self._file, good)
+            os.fsync(self._file)
+
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Add one line and return it once it is on the disk. Raises FNU-702 when the disk is full."""
+        body = {
+            **fields,
+            "seq": len(self.lines),
+            "at": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+            "event": event,
+            "prev": self.lines[-1]["hash"] if self.lines else GENESIS,
+        }
+        line = {**body, "hash": sha256_json(body)}
+        data = canonical_json(line) + b"\n"
+        length = os.fstat(self._file).st_size
+        with disk_errors(self.path):
+            try:
+                if os.write(self._file, data) != len(data):
+                    raise OSError(28, "No space left on device")
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, length)
+                raise
+        self.lines.append(line)
+        return line
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.lines)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)

@@ -1,0 +1,214 @@
+"""Numbered errors: every failure a person can meet has a number, a title and a line of what to do.
+
+Rules:
+
+- The number is for ever: a code that is no longer raised is not given to something else.
+- The hundreds say whose fact it is: 1xx the study and the command line, 2xx a site's dataset,
+  3xx planning and preparation, 4xx training and validation, 5xx rounds and the journal,
+  6xx the link and the network, 7xx the machine (ports, disk, processes).
+- `found` says what was found and where, with file names and paths: it stays in the house that raised it.
+- `scrubbed()` is what may leave a hospital: the number and the title, never `found`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Code(Enum):
+    """The catalogue: ``NAME = (number, title, what to do)``."""
+
+    # 1xx: the study and the command line
+    STUDY_UNREADABLE = (101, "The study file cannot be read", "Check that the path exists and holds YAML text.")
+    STUDY_INVALID = (
+        102,
+        "The study is not valid",
+        "Correct the fields named above; `fednnunet study check FILE` explains each one.",
+    )
+    DATASET_ID_UNKNOWN = (
+        103,
+        "No dataset with this id",
+        "Put DatasetNNN_Name under nnUNet_raw, or set nnUNet_raw to the folder that holds it.",
+    )
+    FOLD_INVALID = (
+        104,
+        "The fold is missing or not known",
+        "Give 0 to 4, 0-4 (the five one after the other) or all (every case trains).",
+    )
+    OPTION_NOT_FEDERATED = (105, "This nnU-Net option makes no sense in a federation", "Leave the option out.")
+    SITES_MISMATCH = (
+        106,
+        "The sites given do not match the study",
+        "Give one --site NAME=PATH for each name under `sites` in the study, and no other.",
+    )
+    NOT_PLANNED = (
+        107,
+        "These datasets have not been planned",
+        "Run `fednnunet simulate plan_and_preprocess` with the same ids and plans name first.",
+    )
+    CONTRACTS_DIFFER = (
+        108,
+        "The sites' datasets do not agree",
+        "Make channel_names, labels and file_ending in every dataset.json the same.",
+    )
+    TOO_FEW_CASES_FOR_FOLDS = (
+        109,
+        "Too few training cases for five folds",
+        "Use fold all, or give the site at least 5 training cases.",
+    )
+    NOTHING_TO_CONTINUE = (110, "There is no earlier run to continue", "Leave out --c to start from the beginning.")
+    PRETRAINED_UNREADABLE = (
+        111,
+        "The pretrained weights cannot be used",
+        "Give a checkpoint file of nnU-Net v2 whose network fits this configuration.",
+    )
+    SETTINGS_INVALID = (112, "A setting is not valid", "Correct the setting named above in its file or variable.")
+    STATE_NOT_READY = (113, "The state folder is not ready", "Follow the step named above, then start again.")
+
+    # 2xx: a site's dataset
+    DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
+    DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
+    CHANNELS_DIFFER = (203, "The channels differ from the study's", "Agree on channel_names with the coordinator.")
+    LABELS_DIFFER = (204, "The labels differ from the study's", "Agree on labels (names and numbers) with the coordinator.")
+    FILE_ENDING_DIFFERS = (205, "The file ending differs from the study's", "Convert the images, or agree on one ending.")
+    CASE_COUNT_DIFFERS = (206, "numTraining is not the number of cases found", "Correct numTraining, or add the missing files.")
+    IMAGE_WITHOUT_LABEL = (207, "An image has no label", "Add the label to labelsTr or take the image out of imagesTr.")
+    LABEL_WITHOUT_IMAGE = (208, "A label has no image", "Add the image to imagesTr or take the label out of labelsTr.")
+    CHANNEL_MISSING = (209, "A case lacks a channel", "Every case needs one file for each channel (_0000, _0001, ...).")
+    FILE_UNREADABLE = (210, "A file cannot be read as an image", "Copy the file again from its source.")
+    LFS_POINTER = (211, "A file is a Git LFS pointer, not an image", "Run `git lfs pull` where the data came from.")
+    SHAPES_DIFFER = (212, "Image and label differ in shape", "Use the label that was drawn on this image.")
+    SPACINGS_DIFFER = (213, "Image and label differ in spacing", "Resample the label to its image, or correct the header.")
+    LABEL_VALUES = (214, "A label holds values that the study does not know", "Map the values to the study's labels.")
+    LABEL_INTERPOLATED = (
+        215,
+        "A label looks like a grey or anti-aliased mask",
+        "Threshold the mask again from its source; do not interpolate masks.",
+    )
+    LABEL_FLOAT = (
+        216,
+        "A label is stored as floating point",
+        "Store it as integers, or set `accept_float_labels: true` in the study.",
+    )
+    IMAGE_NOT_FINITE = (217, "An image holds NaN or infinite values", "Export the image again, or replace these voxels.")
+    DUPLICATE_IMAGE = (218, "Two cases hold the same image", "Remove one of them.")
+    DICOM_FOUND = (219, "DICOM files where the study expects images", "Convert each series to one file first.")
+    DICOM_SLICE_MISSING = (220, "A DICOM series lacks slices", "Fetch the series again before you convert it.")
+    NO_CASES = (221, "The dataset has no training case", "Check that imagesTr and labelsTr are where the mount points.")
+    NO_FOREGROUND = (222, "No case has any foreground", "Check that the labels were exported with their values.")
+    TOO_FEW_CASES_TO_SHARE = (
+        223,
+        "Fewer cases than the study's fingerprint_min_cases",
+        "The site cannot send a fingerprint under this rule; agree on a smaller number, or take no part.",
+    )
+    STRAY_FILE = (224, "A file that is not an image lies among the images", "Remove it; nnU-Net ignores it.")
+
+    # 3xx: planning and preparation
+    PLANNING_FAILED = (301, "nnU-Net could not make a plan", "See the reason above; change the planner or its options.")
+    PLANS_HASH = (302, "The plans are not those that the orchestrator signed for", "Ask the coordinator to start again.")
+    CONFIGURATION_MISSING = (
+        303,
+        "The plans hold no such configuration",
+        "Choose one of the configurations that nnU-Net planned, named above.",
+    )
+    PREPROCESSING_FAILED = (304, "Preprocessing failed", "See the log at the site for the case and the reason.")
+
+    # 4xx: training and validation
+    TRAINING_FAILED = (401, "Training failed at a site", "The traceback is in the site's log.")
+    OUT_OF_MEMORY = (
+        402,
+        "The device ran out of memory",
+        "Free the GPU, or plan with a smaller -gpu_memory_target.",
+    )
+    TRAINER_UNKNOWN = (403, "This trainer cannot be used", "Use nnUNetTrainer or one of its variants shipped with nnU-Net.")
+    WEIGHTS_DO_NOT_FIT = (404, "The weights do not fit the network", "All sites must run the same version and plans.")
+    TASK_FAILED = (405, "A task failed at a site", "The traceback is in the site's log.")
+    VALIDATION_FAILED = (406, "Validation failed at a site", "The traceback is in the site's log.")
+    LOSS_NOT_FINITE = (407, "The loss became NaN or infinite", "Look for broken images; try a trainer with a smaller rate.")
+    BASE_MISSING = (408, "The site lacks the weights that a difference refers to", "Nothing: they are sent in full.")
+    CANCELLED = (409, "The task was cancelled", "Nothing, if the study was stopped on purpose.")
+
+    # 5xx: rounds and the journal
+    SITE_NEVER_APPEARED = (
+        501,
+        "A site of the study never appeared",
+        "Start its appliance, check its log, then run the same command again: the study goes on.",
+    )
+    SITE_FAILED = (502, "A site could not do its part", "Mend what its code names, then run the same command again.")
+    QUORUM_NOT_MET = (
+        503,
+        "Too few sites answered before the deadline",
+        "Bring the missing sites back and run the same command again, or lower `quorum`.",
+    )
+    JOURNAL_DAMAGED = (504, "The journal has been changed or is damaged", "Restore the state folder from a backup.")
+    UPDATE_REFUSED = (505, "A site's update was refused", "See the reason above; the update is kept in quarantine.")
+    STUDY_FAILED = (506, "The study has failed", "See the reason above; the same command starts it again.")
+    RESULT_REFUSED = (507, "A site's answer was refused", "See the reason above; check the site's version.")
+
+    # 6xx: the link and the network
+    BUNDLE_REFUSED = (601, "The app bundle is not the one this version ships with", "Install the same version everywhere.")
+    TASK_REFUSED = (602, "The task does not belong to this site", "Check the site names in the orchestrator's registry.")
+    WEIGHTS_DAMAGED = (603, "Weights arrived damaged", "Nothing: they are asked for again.")
+    ORCHESTRATOR_UNREACHABLE = (604, "The orchestrator does not answer", "Check its address, its certificate and the firewall.")
+    ENVELOPE_INVALID = (605, "A message cannot be understood", "Install the same version everywhere.")
+
+    # 7xx: the machine
+    PORT_IN_USE = (701, "A port is in use", "Stop the program that holds it, or choose other ports.")
+    DISK_FULL = (702, "The disk is full or not writable", "Free space or mend the mount; the same command goes on.")
+    PROCESS_DIED = (703, "A process ended again and again", "Its log, named above, says why.")
+    EXTRA_MISSING = (704, "A part of the installation is missing", "Install the extra named above with pip.")
+    ALREADY_RUNNING = (705, "Another process uses this state folder", "Wait for it, stop it, or use another --state.")
+    DEVICE_MISSING = (706, "The device is not there", "Use -device cpu, or check the driver and the container's GPU flags.")
+    WORKER_NETWORK = (707, "The worker tried to use the network", "Report this: the worker has no business there.")
+
+    @property
+    def number(self) -> int:
+        """The three-digit number."""
+        return self.value[0]
+
+    @property
+    def title(self) -> str:
+        """One sentence that names no file, path or person: it may leave the house."""
+        return self.value[1]
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.value[2]
+
+    @classmethod
+    def of(cls, number: int) -> Code:
+        """The code with this number; raises ``KeyError``."""
+        for code in cls:
+            if code.number == number:
+                return code
+        raise KeyError(number)
+
+
+class FednnunetError(Exception):
+    """A failure a person can do something about.
+
+    Parameters
+    ----------
+    code : Code
+        The entry of the catalogue.
+    found : str
+        What was found and where. It may name files; it does not leave the house.
+    advice : str, optional
+        Replaces the catalogue's line where more is known.
+    """
+
+    def __init__(self, code: Code, found: str = "", advice: str = "") -> None:
+        self.code = code
+        self.found = found
+        self.advice = advice or code.advice
+        super().__init__(self.scrubbed() + (f": {found}" if found else ""))
+
+    def scrubbed(self) -> str:
+        """Number and title alone: what may leave a hospital."""
+        return f"FNU-{self.code.number} {self.code.title}"
+
+    @property
+    def exit_status(self) -> int:
+        """Exit status of a command: 10 + the hundreds of the number."""
+        return 10 + self.code.number // 100

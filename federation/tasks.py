@@ -1,0 +1,232 @@
+"""What the orchestrator may ask of a site, and what a site may answer.
+
+Rules:
+
+- A task is keyed by (study, kind, fold, round). Asked twice, it is answered from the outbox, not done twice;
+  only a failed answer to an earlier `attempt` is done again.
+- An answer holds sums, counts and weights. No case name, no path, no traceback: a failure is a number of the
+  catalogue and a count.
+- Bodies are JSON. Weights travel as one safetensors file next to the body, described by `Weights`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from federation.errors import Code, FednnunetError
+from federation.fingerprint import SiteFingerprint
+from federation.study import SiteName, Study
+
+PROTOCOL = 1
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Kind(StrEnum):
+    """The six tasks, in the order of a study."""
+
+    DESCRIBE = "describe"
+    FINGERPRINT = "fingerprint"
+    PREPARE = "prepare"
+    TRAIN = "train"
+    VALIDATE = "validate"
+    FINISH = "finish"
+
+
+class Weights(_Body):
+    """Describes the safetensors file that travels next to a task or an answer.
+
+    `encoding` "full": the file holds the weights themselves, float32.
+    `encoding` "difference": the file holds float16 differences to the weights whose digest is `base`
+    (see federation.weights); `digest` is that of the float32 weights that come out.
+    """
+
+    encoding: Literal["full", "difference"]
+    file_sha256: Sha256 = Field(description="SHA-256 of the file that travels.")
+    nbytes: int = Field(gt=0, description="Size of the file that travels, in bytes.")
+    digest: Sha256 = Field(description="SHA-256 of the float32 file that comes out of it.")
+    base: Sha256 | None = Field(None, description="Digest of the float32 weights that a difference refers to.")
+
+
+class Plan(_Body):
+    """What Prepare carries: nnU-Net's plans and the pooled dataset.json."""
+
+    plans: dict[str, Any]
+    plans_sha256: Sha256 = Field(description="SHA-256 of the canonical JSON of `plans`; checked at every site.")
+    dataset_json: dict[str, Any]
+
+
+class Task(_Body):
+    """One thing asked of one site."""
+
+    protocol: int = PROTOCOL
+    study: Study
+    site: SiteName
+    kind: Kind
+    fold: str | None = None
+    round: int | None = Field(None, ge=1, description="Round of training, from 1.")
+    attempt: int = Field(1, ge=1)
+    plan: Plan | None = None
+    plans_sha256: Sha256 | None = Field(None, description="The plans that train, validate and finish refer to.")
+    weights: Weights | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of this task within its study, also a folder name: `train-fold_0-0007`."""
+        parts = [str(self.kind)]
+        if self.fold is not None:
+            parts.append(f"fold_{self.fold}")
+        if self.round is not None:
+            parts.append(f"{self.round:04d}")
+        return "-".join(parts)
+
+
+class Count(_Body):
+    """How often a site met one code of the catalogue (2xx): no file name leaves."""
+
+    code: int
+    count: int = Field(ge=1)
+
+
+class Description(_Body):
+    """Answer to Describe: the dataset is complete and fits the contract."""
+
+    training_cases: int = Field(ge=1)
+    test_cases: int = Field(ge=0, description="Cases of imagesTs with a label in labelsTs, for scoring alone.")
+    warnings: list[Count] = []
+    versions: dict[str, str] = Field(default_factory=dict, description="Versions of the packages that matter.")
+
+
+class Preparation(_Body):
+    """Answer to Prepare: the data is preprocessed for these plans."""
+
+    plans_sha256: Sha256
+    training_cases: dict[str, int] = Field(description="Number of training cases for each fold.")
+    device: str
+
+
+class Training(_Body):
+    """Answer to Train: how one local round went. Lists have one entry for each epoch."""
+
+    plans_sha256: Sha256
+    cases: int = Field(ge=1, description="Training cases, as declared by Prepare.")
+    epochs: int = Field(ge=1)
+    learning_rate: list[float]
+    train_loss: list[float]
+    val_loss: list[float]
+    pseudo_dice: list[list[float | None]] = Field(
+        description="nnU-Net's online Dice for each epoch and foreground class; None where a class did not occur."
+    )
+    seconds: dict[str, float] = Field(description="Wall time: `train`, `validation`, `checkpoint`, `start` (cold).")
+
+
+class LabelScore(_Body):
+    """Dice of one label over the cases of one site."""
+
+    mean: float | None
+    std: float | None
+    minimum: float | None
+    cases: int = Field(ge=0, description="Cases in which the label occurs or was predicted.")
+
+
+class Validation(_Body):
+    """Answer to Validate: the global model on the site's own cases.
+
+    `validation`: the fold's held-out training cases (nnU-Net's own validation). `test`: imagesTs scored against
+    labelsTs. Either is empty where the site has none.
+    """
+
+    validation: dict[str, LabelScore] = {}
+    validation_cases: int = 0
+    test: dict[str, LabelScore] = {}
+    test_cases: int = 0
+    seconds: float
+
+
+class Finished(_Body):
+    """Answer to Finish: the native model is in place at the site."""
+
+    model_sha256: Sha256 = Field(description="Digest of the global weights the model was built from.")
+
+
+class Failure(_Body):
+    """A failed task: numbers of the catalogue alone."""
+
+    problems: list[Count] = Field(min_length=1)
+    retry: bool = Field(False, description="True where asking again (with full weights) may help.")
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = []
+        for problem in self.problems:
+            try:
+                title = Code.of(problem.code).title
+            except KeyError:
+                title = "unknown code"
+            parts.append(f"FNU-{problem.code} {title}" + (f" (x{problem.count})" if problem.count > 1 else ""))
+        return "; ".join(parts)
+
+
+class Result(_Body):
+    """One site's answer to one task; exactly one of the reports, or `failure`, is set."""
+
+    protocol: int = PROTOCOL
+    study_id: Sha256
+    site: SiteName
+    kind: Kind
+    fold: str | None = None
+    round: int | None = None
+    attempt: int = 1
+    failure: Failure | None = None
+    description: Description | None = None
+    fingerprint: SiteFingerprint | None = None
+    preparation: Preparation | None = None
+    training: Training | None = None
+    validation: Validation | None = None
+    finished: Finished | None = None
+    weights: Weights | None = None
+
+    @classmethod
+    def answering(cls, task: Task, **report: Any) -> Result:
+        """A result with the task's key and the given report."""
+        return cls(
+            study_id=task.study.id,
+            site=task.site,
+            kind=task.kind,
+            fold=task.fold,
+            round=task.round,
+            attempt=task.attempt,
+            **report,
+        )
+
+    def answers(self, task: Task) -> bool:
+        """Whether this is an answer to that task."""
+        return (self.study_id, self.site, self.kind, self.fold, self.round) == (
+            task.study.id,
+            task.site,
+            task.kind,
+            task.fold,
+            task.round,
+        )
+
+
+def parse_task(data: bytes | str) -> Task:
+    """Decode a task from JSON; raises FNU-605."""
+    try:
+        return Task.model_validate_json(data)
+    except ValidationError as error:
+        raise FednnunetError(Code.ENVELOPE_INVALID, f"task: {error.error_count()} faults") from error
+
+
+def parse_result(data: bytes | str) -> Result:
+    """Decode an answer from JSON; raises FNU-605."""
+    try:
+        return Result.model_validate_json(data)
+    except ValidationError as error:
+        raise FednnunetError(Code.ENVELOPE_INVALID, f"answer: {error.error_count()} faults") from error
