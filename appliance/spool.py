@@ -59,19 +59,22 @@ class Spool:
     def put_task(self, task: tasks.Task, weights: Path | None) -> None:
         """Lay a task into the inbox, unless the same task lies there already.
 
-        A failed answer to an earlier attempt is taken away, so that the worker does the task again. The weights
-        file is moved, not copied: it must lie on the same file system.
+        An answer is taken away, so that the worker does the task again, when it is a failure of an earlier attempt,
+        or when its weights have been freed since. The weights file is moved, not copied: it must lie on the same file
+        system.
         """
-        folder = self._folder(self.inbox, task)
+        folder, answer = self._folder(self.inbox, task), self.result_parcel(task)
         answered = self.result(task)
-        if answered is not None and answered.failure is not None and answered.attempt < task.attempt:
-            shutil.rmtree(self._folder(self.outbox, task))
+        if answered is not None:
+            failed_before = answered.failure is not None and answered.attempt < task.attempt
+            freed = answered.weights is not None and answer.weights is None
+            if not failed_before and not freed:
+                return
+            shutil.rmtree(answer.folder)
         elif (folder / "task.json").exists():
-            (folder / "cancel").unlink(missing_ok=True)
-            same = tasks.parse_task((folder / "task.json").read_bytes()).attempt >= task.attempt
-            if answered is not None or same:
-                if weights is not None:
-                    weights.unlink(missing_ok=True)
+            there = tasks.parse_task((folder / "task.json").read_bytes())
+            if there.attempt >= task.attempt and (weights is None) == (self.task_parcel(task).weights is None):
+                (folder / "cancel").unlink(missing_ok=True)
                 return
         with files.new_directory(folder) as new:
             (new / "task.json").write_bytes(task.model_dump_json(indent=1).encode())

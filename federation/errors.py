@@ -102,6 +102,11 @@ class Code(Enum):
         "The site cannot send a fingerprint under this rule; agree on a smaller number, or take no part.",
     )
     STRAY_FILE = (224, "A file that is not an image lies among the images", "Remove it; nnU-Net ignores it.")
+    POSITION_DIFFERS = (
+        225,
+        "Image and label differ in origin or direction",
+        "Look at them in an overlay (nnUNetv2_plot_overlay_pngs); nnU-Net uses the voxels as they lie.",
+    )
 
     # 3xx: planning and preparation
     PLANNING_FAILED = (301, "nnU-Net could not make a plan", "See the reason above; change the planner or its options.")
@@ -112,6 +117,8 @@ class Code(Enum):
         "Choose one of the configurations that nnU-Net planned, named above.",
     )
     PREPROCESSING_FAILED = (304, "Preprocessing failed", "See the log at the site for the case and the reason.")
+    PLANS_REFUSED = (305, "The plans name something that is not nnU-Net's own", "Plan again with nnU-Net's planners.")
+    MODEL_NOT_BUILT = (306, "The network or the model could not be made from the plans", "See the reason above.")
 
     # 4xx: training and validation
     TRAINING_FAILED = (401, "Training failed at a site", "The traceback is in the site's log.")

@@ -45,11 +45,12 @@ class Weights(_Body):
     `encoding` "full": the file holds the weights themselves, float32.
     `encoding` "difference": the file holds float16 differences to the weights whose digest is `base`
     (see federation.weights); `digest` is that of the float32 weights that come out.
+    `encoding` "held": no file travels, the receiver has the weights `digest` already.
     """
 
-    encoding: Literal["full", "difference"]
-    file_sha256: Sha256 = Field(description="SHA-256 of the file that travels.")
-    nbytes: int = Field(gt=0, description="Size of the file that travels, in bytes.")
+    encoding: Literal["full", "difference", "held"]
+    file_sha256: Sha256 | None = Field(None, description="SHA-256 of the file that travels.")
+    nbytes: int = Field(ge=0, description="Size of the file that travels, in bytes.")
     digest: Sha256 = Field(description="SHA-256 of the float32 file that comes out of it.")
     base: Sha256 | None = Field(None, description="Digest of the float32 weights that a difference refers to.")
 

@@ -1,0 +1,1 @@
+"""The side of the hospital that faces the network and sees no data."""

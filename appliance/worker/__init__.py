@@ -1,0 +1,1 @@
+"""The worker: faces the data, has no network."""

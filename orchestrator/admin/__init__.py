@@ -1,0 +1,1 @@
+"""`fednnunet`: the command line of the person who coordinates a federation."""

@@ -1,0 +1,76 @@
+"""`appliance`: what hospital IT runs."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from federation import console, processes
+
+app = typer.Typer(
+    help="Run a hospital's part of a federation: supernode, link and worker.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Role(StrEnum):
+    """Which of the three processes to run here."""
+
+    ALL = "all"
+    LINK = "link"
+    WORKER = "worker"
+
+
+Config = Annotated[Path, typer.Option(help="The site's settings.", envvar="FEDNNUNET_CONFIG")]
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="The site's name in the federation, such as hospital_a.")],
+    orchestrator: Annotated[str, typer.Option(help="HOST:PORT of the orchestrator's listener for hospitals.")],
+    data: Annotated[Path, typer.Option(help="The dataset in nnU-Net's raw format.")],
+    config: Annotated[Path, typer.Option(help="Folder to write site.toml and the site's keys to.")] = Path("/config"),
+    state: Annotated[Path, typer.Option(help="Folder for everything the appliance writes.")] = Path("/state"),
+    device: Annotated[str, typer.Option(help="cuda, cuda:N, mps or cpu.")] = "cuda",
+) -> None:
+    """Write site.toml and make the site's key pair. The private key stays here; send site.pub to the coordinator."""
+    from appliance import identity
+
+    public = identity.create(
+        config.resolve(), name=name, orchestrator=orchestrator, data=data.resolve(), state=state.resolve(), device=device
+    )
+    typer.echo(f"wrote {config / 'site.toml'}")
+    typer.echo(f"send {public} to the coordinator, and put the ca.crt you get back into {config}")
+    typer.echo(f"key fingerprint, to compare over the phone: {identity.fingerprint(public)}")
+
+
+@app.command()
+def start(
+    config: Config = Path("/config/site.toml"),
+    role: Annotated[Role, typer.Option(help="all: one process tree. link, worker: the two halves.")] = Role.ALL,
+    end_with_parent: Annotated[bool, typer.Option(hidden=True, help="End when the starting process ends.")] = False,
+) -> None:
+    """Start the processes and keep them alive until Ctrl-C or SIGTERM."""
+    from appliance import settings, supervisor
+
+    if end_with_parent:
+        processes.end_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    loaded = settings.load(config)
+    typer.echo(f"{loaded.name}: dials {loaded.orchestrator}, data {loaded.data}, logs {loaded.state / 'logs'}")
+    supervisor.run(loaded, config.resolve() if config.exists() else None, role.value)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    console.run(app)
+
+
+if __name__ == "__main__":
+    main()

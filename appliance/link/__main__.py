@@ -1,0 +1,40 @@
+"""`python -m appliance.link supernode|link --runtime-port PORT [--config FILE]`: the two processes that face the network."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from appliance import settings as site_settings
+from federation.processes import end_with_parent
+
+
+def main() -> None:
+    """Parse the arguments and become one of the two."""
+    parser = argparse.ArgumentParser(prog="appliance.link")
+    parser.add_argument("role", choices=["supernode", "link"])
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--runtime-port", type=int, required=True)
+    arguments = parser.parse_args()
+    end_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = site_settings.load(arguments.config)
+    os.environ["FLWR_HOME"] = str(settings.state / "link" / "flower")
+    from appliance.link import app
+
+    if arguments.role == "link":
+        app.main(settings, arguments.runtime_port)
+        return
+    from federation.flower import supernode
+
+    files = supernode.SuperNodeFiles(
+        settings.ca_certificate, settings.site_key, app.runner_secret(settings), settings.state / "link" / "node_id"
+    )
+    supernode.run(settings.orchestrator, files, arguments.runtime_port, settings.poll)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""HTTP clients of Flower's three APIs, with a retry that never ends the process.
+
+Flower's own retry raises SIGINT in the calling process on a 401, a BaseException on a 403, and gives up on any
+error whose text holds "ssl": right for a process that lives for one task, wrong for one that is resident.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.common.serde import user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.fab_pb2 import Fab
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.auth import load_superexec_auth_secret
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.interceptors.http.utils import add_headers
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from federation.flower.bundle import bundle, bundle_hash
+
+_OUTAGE = (502, 503, 504)
+_ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+HTTPError = httpx.HTTPError
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+
+
+def task_is_over(error: Exception) -> bool:
+    """Whether Flower says with this error that the task or its run has ended (401 or 403)."""
+    return _status(error) in (401, 403)
+
+
+def patient_retry(max_time: float | None = None) -> RetryInvoker:
+    """Retry outages (cut-off TLS too) for `max_time` seconds or for ever; every other answer is raised."""
+    return RetryInvoker(
+        wait_gen_factory=lambda: exponential(max_delay=3),
+        recoverable_exceptions=(httpx.TransportError, httpx.HTTPStatusError),
+        max_tries=None,
+        max_time=max_time,
+        should_giveup=lambda error: isinstance(error, httpx.HTTPStatusError) and _status(error) not in _OUTAGE,
+    )
+
+
+def supernode_retry() -> RetryInvoker:
+    """For the SuperNode's loop: as Flower's own, but an outage never ends the process."""
+
+    def give_up(error: Exception) -> bool:
+        if _status(error) == 403:  # the SuperNode drops the message on this
+            raise RunNotRunningException
+        return isinstance(error, httpx.HTTPStatusError) and _status(error) not in _OUTAGE
+
+    return RetryInvoker(
+        wait_gen_factory=lambda: exponential(max_delay=3),
+        recoverable_exceptions=(httpx.TransportError, httpx.HTTPStatusError),
+        max_tries=None,
+        max_time=None,
+        should_giveup=give_up,
+    )
+
+
+def load_secret(path: Path) -> bytes:
+    """The secret between a SuperLink or SuperNode and its runner."""
+    secret: bytes = load_superexec_auth_secret(secret_file=str(path))
+    return secret
+
+
+def runtime_client(
+    address: str,
+    ca: bytes | None,
+    *,
+    secret: bytes | None = None,
+    token: str | None = None,
+    component: str,
+    max_time: float | None = None,
+) -> Any:
+    """Client of a Runtime API, with the runner's secret (to acquire) or with one task's token."""
+    auth = (
+        RuntimeTokenHttpInterceptor(token)
+        if token
+        else SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
+    )
+    return RuntimeHttpClient.from_server_address(
+        address,
+        ca is None,
+        ca,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name=component), auth],
+        retry_invoker=patient_retry(max_time),
+    )
+
+
+def acquire(client: Any, task_type: str) -> str:
+    """One look for a task; its token, or an empty string."""
+    token: str = client.AcquireTask(AcquireTaskRequest(supported_task_types=[task_type])).token
+    return token
+
+
+class Heartbeat(threading.Thread):
+    """Keeps one task's lease alive; `lost` is set once Flower says that the task is over."""
+
+    def __init__(self, client: Any, every: float = 5.0) -> None:
+        super().__init__(daemon=True, name="heartbeat")
+        self._client, self._every = client, every
+        self.lost, self._stop_now = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        """Beat until stopped or lost."""
+        while not self._stop_now.is_set():
+            try:
+                if not self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success:
+                    self.lost.set()
+            except httpx.HTTPStatusError as error:
+                if task_is_over(error):
+                    self.lost.set()
+            except httpx.HTTPError:
+                pass
+            if self.lost.is_set():
+                return
+            self._stop_now.wait(self._every)
+
+    def stop(self) -> None:
+        """End the thread soon."""
+        self._stop_now.set()
+
+
+def fleet_client(address: str, ca: bytes, key: Path, max_time: float | None = None) -> Any:
+    """Client of the Fleet API, signed with a site's key."""
+    private = load_ssh_private_key(key.read_bytes(), None)
+    return FleetHttpClient.from_server_address(
+        address,
+        False,
+        ca,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(private, private.public_key()),
+        ],
+        retry_invoker=patient_retry(max_time),
+    )
+
+
+def deactivate(fleet: Any, node_id: int) -> None:
+    """Take a node off that a crash left "online", so that its restart is let in at once."""
+    fleet.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+
+
+def run_is_over(fleet: Any, node_id: int, run_id: int) -> bool:
+    """Ask the SuperLink, as this node, whether a run has been stopped or has finished."""
+    try:
+        fleet.GetRun(GetRunRequest(node=Node(node_id=node_id), run_id=run_id))
+    except httpx.HTTPStatusError as error:
+        return _status(error) == 403
+    except httpx.HTTPError:
+        return False
+    return False
+
+
+class _Bearer:
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
+        add_headers(context.request, {"authorization": f"Bearer {self._token}"})
+        return call_next(context)
+
+
+class Control:
+    """Registers sites, starts, lists and stops runs, through the control listener and its token.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT of the control listener.
+    ca : bytes
+        PEM certificate of the authority.
+    token : str
+        The control token.
+    """
+
+    def __init__(self, address: str, ca: bytes, token: str) -> None:
+        self._client = ControlHttpClient.from_server_address(address, False, ca, [_Bearer(token)])
+
+    def register(self, public_key: bytes, name: str) -> int:
+        """Register a site's public key (OpenSSH line) under its name; returns Flower's node id."""
+        key = public_key_to_bytes(load_ssh_public_key(public_key))
+        return int(self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Take a site out."""
+        self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def nodes(self) -> dict[str, tuple[int, str]]:
+        """Node id and status ("registered", "online", "offline") of every registered site, by name."""
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {node.name: (node.node_id, node.status) for node in nodes if node.status != "unregistered"}
+
+    def start(self, study_json: str) -> int:
+        """Start a run that carries a study; returns Flower's run id."""
+        return int(
+            self._client.StartRun(
+                StartRunRequest(
+                    fab=Fab(hash_str=bundle_hash(), content=bundle()),
+                    override_config=user_config_to_proto({"study": study_json}),
+                )
+            ).run_id
+        )
+
+    def active(self) -> list[int]:
+        """Runs that have not finished."""
+        runs = self._client.ListRuns(ListRunsRequest()).run_dict
+        return sorted(run_id for run_id, run in runs.items() if run.status.status != "finished")
+
+    def status(self, run_id: int) -> tuple[str, str, str]:
+        """Status, sub-status and details of a run."""
+        status = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+        return status.status, status.sub_status, status.details
+
+    def stop(self, run_id: int) -> None:
+        """Stop a run."""
+        self._client.StopRun(StopRunRequest(run_id=run_id))

@@ -1,0 +1,146 @@
+"""Flower's SuperLink behind two listeners: hospitals reach the Fleet API alone, Control wants a token.
+
+Open-source Flower serves its Fleet, Control and Runtime APIs on one port, and its Control API asks nobody who
+they are: whoever reaches the port can run code at every site. So:
+
+- hospitals' listener: ``/v1/fleet/*`` and ``/health``, nothing else;
+- control listener (loopback or the cluster's inside): ``/v1/control/*`` with our bearer token, ``/v1/runtime/*``
+  with Flower's secret and task tokens, ``/health``;
+- everything else is 404, by path, before Flower sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import importlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr.supercore.corestate.sql_corestate as corestate
+import uvicorn
+from flwr.superlink.main import create_app
+from flwr.supercore.logger import update_console_handler
+
+_cli = importlib.import_module("flwr.superlink.cli.flower_superlink")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where to listen."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class SuperLinkFiles:
+    """The files a SuperLink needs; see orchestrator.enrollment.authority."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+    secret: Path
+    token: Path
+    database: Path
+
+
+class Guard:
+    """Lets through the listed paths alone, and Control only with the token."""
+
+    def __init__(self, app: Any, prefixes: tuple[str, ...], token_sha256: bytes = b"") -> None:
+        self._app, self._prefixes, self._token = app, prefixes, token_sha256
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One ASGI call."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        path = scope.get("path", "")
+        if scope["type"] != "http" or not (path == "/health" or path.startswith(self._prefixes)):
+            await self._refuse(scope, send, 404)
+        elif path.startswith("/v1/control/") and not self._authorised(scope):
+            await self._refuse(scope, send, 401)
+        else:
+            await self._app(scope, receive, send)
+
+    def _authorised(self, scope: Any) -> bool:
+        sent = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+        return hmac.compare_digest(hashlib.sha256(sent).digest(), self._token)
+
+    @staticmethod
+    async def _refuse(scope: Any, send: Any, status: int) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class _Server(uvicorn.Server):
+    """Two servers in one process: signals are the caller's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(files: SuperLinkFiles, fleet: Listener, control: Listener, task_lease: float = 600.0) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    files : SuperLinkFiles
+        Certificates, secrets and the database.
+    fleet, control : Listener
+        The hospitals' listener and the control listener.
+    task_lease : float
+        Seconds without a heartbeat after which a coordinator counts as gone (Flower's own: 60; an outage of the
+        SuperLink itself must not kill the run).
+    """
+    corestate.HEARTBEAT_PATIENCE = task_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
+    sys.argv = [
+        "flower-superlink",
+        *("--ssl-ca-certfile", str(files.ca), "--ssl-certfile", str(files.certificate)),
+        *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
+        *("--host", control.host, "--port", str(control.port), "--database", str(files.database)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
+    ]
+    config = _cli._parse_superlink_lifespan_config()
+    update_console_handler(level="WARNING", timestamps=True, colored=False)
+    app = create_app(config, _cli.SuperLinkLifespan)
+    token = hashlib.sha256(files.token.read_bytes().strip()).digest()
+    common: dict[str, Any] = {
+        "log_level": "warning",
+        "ssl_keyfile": config.ssl_keyfile,
+        "ssl_certfile": config.ssl_certfile,
+        "timeout_graceful_shutdown": 1,
+    }
+    inner = _Server(
+        uvicorn.Config(
+            Guard(app, ("/v1/control/", "/v1/runtime/"), token),
+            host=control.host,
+            port=control.port,
+            lifespan="on",
+            **common,
+        )
+    )
+    outer = _Server(
+        uvicorn.Config(Guard(app, ("/v1/fleet/",)), host=fleet.host, port=fleet.port, lifespan="off", **common)
+    )
+
+    async def both() -> None:
+        def stop() -> None:
+            inner.should_exit = outer.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        await asyncio.gather(inner.serve(), outer.serve())
+
+    asyncio.run(both())

@@ -1,0 +1,101 @@
+"""Flower's SuperNode, with a poll that is ours and a restart that is let in at once.
+
+- Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less.
+- After a crash Flower refuses the node for up to 60 s ("already active"): we take it off first.
+- When Flower's loop ends on an error it leaves a process that answers its link but never again the SuperLink:
+  we end the process, so that the supervisor starts another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr.supercore.corestate.in_memory_corestate as corestate
+import flwr.supernode.fleet_http_connection as fleet_connection
+import flwr.supernode.start_client_internal as loop
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.logger import update_console_handler
+
+from federation.flower import clients
+
+_cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
+
+
+class _Clock:
+    """Stands in for the `time` module in Flower's loop."""
+
+    def __init__(self, poll: float) -> None:
+        self._poll, self.time = poll, time.time
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than the poll."""
+        time.sleep(min(seconds, self._poll))
+
+
+@dataclass(frozen=True)
+class SuperNodeFiles:
+    """The files a SuperNode needs."""
+
+    ca: Path
+    key: Path
+    secret: Path
+    node_id: Path
+
+
+def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, link_lease: float = 15.0) -> None:
+    """Run a SuperNode until it is ended; never returns.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT of the hospitals' listener.
+    files : SuperNodeFiles
+        The authority's certificate, the site's key, the runner's secret, and where the node id is remembered.
+    runtime_port : int
+        Loopback port for the link.
+    poll : float
+        Seconds between two looks for a message.
+    link_lease : float
+        Seconds without a heartbeat after which the link counts as gone (it beats every 5 s; Flower's own: 60).
+    """
+    corestate.HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
+    fleet_connection.make_simple_http_retry_invoker = clients.supernode_retry
+    loop.time = _Clock(poll)
+    for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        function.__kwdefaults__.update(initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)
+    if files.node_id.exists():
+        with contextlib.suppress(clients.HTTPError, ValueError):
+            fleet = clients.fleet_client(address, files.ca.read_bytes(), files.key, max_time=5.0)
+            clients.deactivate(fleet, int(files.node_id.read_text()))
+    start = _cli.start_client_internal
+
+    def remembering(*, state_factory: Any, **arguments: Any) -> None:
+        state = state_factory.state()
+        set_node_id = state.set_node_id
+
+        def remember(node_id: int) -> None:
+            set_node_id(node_id)
+            files.node_id.write_text(str(node_id))
+
+        state.set_node_id = remember
+        start(state_factory=state_factory, **arguments)
+
+    _cli.start_client_internal = remembering
+    sys.argv = [
+        "flower-supernode",
+        *("--superlink", address, "--root-certificates", str(files.ca)),
+        *("--auth-supernode-private-key", str(files.key), "--port", str(runtime_port)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
+    ]
+    update_console_handler(level="WARNING", timestamps=True, colored=False)
+    try:
+        _cli.flower_supernode()
+    finally:
+        os._exit(1)

@@ -1,0 +1,162 @@
+"""nnU-Net's native layout of a trained model, as both sides need it; imports neither torch nor nnunetv2 by itself.
+
+Rules:
+
+- A network's tensors are its `named_parameters()` and `named_buffers()`: each once, under the first of its names.
+  nnU-Net's `state_dict()` lists an encoder's tensor up to four times.
+- A trainer class is found by reading nnU-Net's files, not by its own look-up by name, which imports every trainer
+  with whatever that one needs.
+- A checkpoint has exactly the keys that nnU-Net writes, and holds tensors and plain types alone: it loads with
+  `weights_only=True`. It carries no momentum: that is a sum of one site's gradients, and people pass models on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from federation.errors import Code, FednnunetError
+from federation.study import Study
+
+CHECKPOINT = "checkpoint_final.pth"
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+_NETWORKS = "dynamic_network_architectures.architectures."
+_IMPORTS = ("torch.nn.", "dynamic_network_architectures.")
+
+
+def model_name(study: Study, plans: Mapping[str, Any]) -> str:
+    """nnU-Net's name of a model's folder: `nnUNetTrainer__nnUNetPlans__3d_fullres`."""
+    return f"{study.trainer}__{plans['plans_name']}__{study.configuration}"
+
+
+def fold_of(fold: str) -> int | str:
+    """A fold as nnU-Net's trainers take it: a number, or `all`."""
+    return fold if fold == "all" else int(fold)
+
+
+def check_plans(plans: Mapping[str, Any], study: Study) -> None:
+    """Refuse plans that name anything but nnU-Net's own networks and plain folders.
+
+    nnU-Net imports the classes that plans name and joins the names in them to paths. Raises FNU-303 when the
+    configuration is missing and FNU-305 when a name is not acceptable.
+    """
+    configurations = plans.get("configurations", {})
+    if study.configuration not in configurations:
+        raise FednnunetError(Code.CONFIGURATION_MISSING, f"{study.configuration}; planned: {', '.join(configurations)}")
+    if plans.get("dataset_name") != study.dataset:
+        raise FednnunetError(Code.PLANS_REFUSED, f"dataset_name {plans.get('dataset_name')!r}")
+    names = [plans.get("plans_name")]
+    names += [entry["data_identifier"] for entry in configurations.values() if "data_identifier" in entry]
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.match(name):
+            raise FednnunetError(Code.PLANS_REFUSED, f"name {name!r}")
+    for entry in configurations.values():
+        network = entry.get("architecture")
+        if network is None:
+            continue
+        if not str(network.get("network_class_name")).startswith(_NETWORKS):
+            raise FednnunetError(Code.PLANS_REFUSED, f"network {network.get('network_class_name')!r}")
+        for key in network.get("_kw_requires_import", []):
+            value = network.get("arch_kwargs", {}).get(key)
+            if value is not None and not str(value).startswith(_IMPORTS):
+                raise FednnunetError(Code.PLANS_REFUSED, f"{key} {value!r}")
+
+
+def trainer_module(name: str) -> str:
+    """The dotted module of nnU-Net that defines the trainer class `name`; raises FNU-403."""
+    package = importlib.util.find_spec("nnunetv2")
+    if package is None or package.origin is None:
+        raise FednnunetError(Code.EXTRA_MISSING, "nnunetv2 is not installed")
+    root = Path(package.origin).parent
+    definition = re.compile(rf"^class {re.escape(name)}\s*[(:]", re.MULTILINE)
+    for path in sorted((root / "training" / "nnUNetTrainer").rglob("*.py")):
+        if definition.search(path.read_text(encoding="utf-8")):
+            return ".".join(["nnunetv2", *path.relative_to(root).with_suffix("").parts])
+    raise FednnunetError(Code.TRAINER_UNKNOWN, name)
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's trainer class of this name; imports the module that defines it alone. Raises FNU-403."""
+    module = trainer_module(name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, RuntimeError) as error:
+        raise FednnunetError(Code.TRAINER_UNKNOWN, f"{name} cannot be imported: {error}") from error
+
+
+def plain_network(network: Any) -> Any:
+    """The network itself, where `torch.compile` has wrapped it."""
+    return getattr(network, "_orig_mod", network)
+
+
+def unique_tensors(network: Any) -> dict[str, Any]:
+    """Parameters and buffers of a network by name, each once, detached: writing to one changes the network."""
+    module = plain_network(network)
+    tensors = dict(module.named_parameters())
+    tensors.update(module.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def checkpoint(
+    network: Any,
+    *,
+    study: Study,
+    fold: str,
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    device: str,
+    mirroring_axes: tuple[int, ...] | None,
+    logging: Mapping[str, list[Any]],
+    optimizer_state: Mapping[str, Any],
+    grad_scaler_state: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The contents of `checkpoint_final.pth`, as nnU-Net's `nnUNetTrainer.save_checkpoint` writes them.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network with the weights to write. Its `state_dict()` is written with all its aliases.
+    optimizer_state, grad_scaler_state : Mapping
+        State of a fresh optimizer: nnU-Net wants the keys when it resumes.
+
+    Returns
+    -------
+    dict
+        For `torch.save`; tensors (on the CPU, aliases share their storage) and plain types.
+    """
+    copies: dict[int, Any] = {}
+    weights = {}
+    for name, tensor in plain_network(network).state_dict().items():
+        if tensor.data_ptr() not in copies or copies[tensor.data_ptr()].shape != tensor.shape:
+            copies[tensor.data_ptr()] = tensor.detach().cpu()
+        weights[name] = copies[tensor.data_ptr()]
+    return {
+        "network_weights": weights,
+        "optimizer_state": dict(optimizer_state),
+        "grad_scaler_state": dict(grad_scaler_state) if grad_scaler_state is not None else None,
+        "logging": dict(logging),
+        "_best_ema": None,
+        "current_epoch": study.rounds * study.epochs_per_round,
+        "init_args": {
+            "plans": dict(plans),
+            "configuration": study.configuration,
+            "fold": fold_of(fold),
+            "dataset_json": dict(dataset_json),
+            "device": device,
+        },
+        "trainer_name": study.trainer,
+        "inference_allowed_mirroring_axes": mirroring_axes,
+    }
+
+
+def plain(value: Any) -> Any:
+    """Numpy scalars and arrays within lists and dicts as plain Python values."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value

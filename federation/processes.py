@@ -1,0 +1,228 @@
+"""Child processes that are kept alive, and all ended: both sides run several, on one machine or in one container.
+
+Rules:
+
+- Each child leads a session of its own; what it leaves behind when it dies (data loaders, say) is killed with it.
+- A child that dies is started again after a pause that grows; one that dies at once, again and again, is FNU-703.
+- The children end with their parent, also when the parent is killed: each asks the kernel for it (`end_with_parent`).
+- One folder, one owner: a lock file, held for as long as the process lives, keeps a second one out (FNU-705).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from federation.errors import Code, FednnunetError
+from federation.files import disk_errors
+
+log = logging.getLogger("fednnunet.processes")
+
+_PR_SET_PDEATHSIG = 1
+QUICK = 5.0  # seconds: a life shorter than this is a failed start
+QUICK_DEATHS = 6
+GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal at the death of the parent (Linux; elsewhere nothing happens)."""
+    if sys.platform.startswith("linux"):
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+
+class Lock:
+    """The right to use a folder; released when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
+            os.close(self._file)
+            raise FednnunetError(Code.ALREADY_RUNNING, f"{folder}, held by process {holder or '?'}") from error
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        """Give the folder back."""
+        os.close(self._file)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise FNU-701 when nothing can listen there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+            raise FednnunetError(Code.PORT_IN_USE, f"{host}:{port}: {error.strerror}") from error
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{host}:{port}: {error}") from error
+
+
+@dataclass
+class Child:
+    """A process to keep alive.
+
+    Attributes
+    ----------
+    name : str
+        For people and for the log file.
+    command : sequence of str
+        Program and arguments.
+    log : Path
+        Where its output goes (appended).
+    environment : dict
+        Added to this process's environment.
+    restart : bool
+        False: an exit with a status is final (FNU-703); only a death by a signal is followed by another start.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    restart: bool = True
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    next_start: float = 0.0
+    quick_deaths: int = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs."""
+        return self.process.pid if self.process is not None and self.process.poll() is None else None
+
+    def start(self) -> None:
+        """Start it now."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as stream:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+                start_new_session=True,
+            )
+        self.started = time.monotonic()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it, or with SIGKILL to all of its session."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if number == signal.SIGKILL:
+                os.killpg(self.process.pid, number)
+            elif self.process.poll() is None:
+                self.process.send_signal(number)
+
+    def tail(self, lines: int = 5) -> str:
+        """The last lines of its log."""
+        try:
+            with open(self.log, "rb") as stream:
+                stream.seek(max(0, self.log.stat().st_size - 4096))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+
+class Supervisor:
+    """Keeps children alive until it is told to stop.
+
+    Parameters
+    ----------
+    children : sequence of Child
+        In the order of their start; ended in the opposite order.
+    grace : float
+        Seconds between SIGTERM and SIGKILL; more where the children are supervisors themselves.
+    """
+
+    def __init__(self, children: Sequence[Child], grace: float = GRACE) -> None:
+        self.children, self._grace = list(children), grace
+
+    def start(self) -> None:
+        """Start every child."""
+        for child in self.children:
+            child.start()
+
+    def look(self) -> None:
+        """Start again what has died; raises FNU-703 when a child cannot be kept alive."""
+        now = time.monotonic()
+        for child in self.children:
+            if child.process is None or child.process.poll() is None:
+                continue
+            if child.next_start == 0.0:
+                code = child.process.returncode
+                lived = now - child.started
+                child.signal(signal.SIGKILL)  # what it left behind
+                child.quick_deaths = child.quick_deaths + 1 if lived < QUICK else 0
+                if child.quick_deaths >= QUICK_DEATHS or (not child.restart and code >= 0):
+                    raise FednnunetError(
+                        Code.PROCESS_DIED, f"{child.name} (exit {code}), log {child.log}\n{child.tail()}"
+                    )
+                pause = min(0.2 * 2**child.quick_deaths, 10.0)
+                log.warning("%s ended (exit %s), starting it again in %.1f s", child.name, code, pause)
+                child.next_start = now + pause
+            elif now >= child.next_start:
+                child.next_start = 0.0
+                child.start()
+
+    def run(self, stopped: Callable[[], bool], every: float = 0.2) -> None:
+        """Start all and keep them alive until `stopped` says so; they are ended in any case."""
+        try:
+            self.start()
+            while not stopped():
+                self.look()
+                time.sleep(every)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """SIGTERM to every child, last first, and SIGKILL to what is left of their sessions after the grace."""
+        running = [child for child in reversed(self.children) if child.process is not None]
+        for child in running:
+            child.signal(signal.SIGTERM)
+        end = time.monotonic() + self._grace
+        for child in running:
+            if child.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.process.wait(max(0.0, end - time.monotonic()))
+                child.signal(signal.SIGKILL)
+                child.process.wait()
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """From here on SIGTERM and SIGINT ask this process to stop; returns whether one has come."""
+    came: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: came.append(received))
+    return lambda: bool(came)

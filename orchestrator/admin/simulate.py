@@ -1,0 +1,301 @@
+"""A whole federation on one machine: the processes that hospitals run, on loopback, each with its own state folder.
+
+Rules:
+
+- Nothing is simulated but the distance: one SuperLink with two listeners, one coordinator, and for each site a
+  supernode, a link and a worker, started by the same commands as on different machines.
+- Every process that is started is ended, also on Ctrl-C and on failure; a second start goes on where the first ended.
+- A study that is there and has not ended is taken up again by the coordinator; only another one is submitted.
+
+Layout of the state folder::
+
+    orchestrator/            state of `orchestrator start` (authority, database, studies)
+    sites/NAME/config/       site.toml, site.key, ca.crt
+    sites/NAME/state/        state of `appliance start` (spool, ledger, worker, logs)
+    planned/PLANS.json       how datasets were planned, for `train`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from federation import files
+from federation.errors import Code, FednnunetError
+from federation.processes import Child, Lock, Supervisor, free_port
+from federation.study import SITE_NAME, Study
+from orchestrator.admin.progress import StudyView, Tail, print_end
+from orchestrator.admin.reach import control, reaching
+from orchestrator.enrollment.authority import Authority, create
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """What every simulated site gets in its site.toml; None: the appliance's own default."""
+
+    device: str = "cpu"
+    preprocessing_processes: int | None = 1
+    fingerprint_processes: int | None = 1
+    augmentation_processes: int | None = 0
+    threads: int | None = None
+    poll: float = 0.2
+
+    @classmethod
+    def for_device(cls, device: str, sites: int, np: int | None = None, npfp: int | None = None) -> SiteOptions:
+        """On a CPU the sites share the cores; on a GPU nnU-Net's own choices hold."""
+        if device == "cpu":
+            return cls(device, np or 1, npfp or 1, 0, max(1, (os.cpu_count() or 1) // sites))
+        return cls(device, np, npfp, None, None)
+
+
+class Simulation:
+    """A federation on this machine.
+
+    Parameters
+    ----------
+    state : Path
+        Where everything is kept.
+    sites : Mapping[str, Path]
+        Dataset folder of each site, by site name.
+    options : SiteOptions
+        Settings of the sites.
+    """
+
+    def __init__(self, state: Path, sites: Mapping[str, Path], options: SiteOptions) -> None:
+        for name in sites:
+            if not re.match(SITE_NAME, name):
+                raise FednnunetError(Code.SETTINGS_INVALID, f"site name {name!r}: lower case, digits, - and _")
+        self.state = state.resolve()
+        self.sites = {name: Path(path).resolve() for name, path in sorted(sites.items())}
+        self.options = options
+        self.supervisor: Supervisor | None = None
+        self._control_port = 0
+
+    @property
+    def orchestrator(self) -> Path:
+        """State folder of the orchestrator."""
+        return self.state / "orchestrator"
+
+    def study_folder(self, study: Study) -> Path:
+        """Folder of a study at the orchestrator."""
+        return self.orchestrator / "studies" / study.id
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Start everything; end every process that was started, whatever happens."""
+        lock = Lock(self.state)
+        try:
+            fleet_port, self._control_port = free_port(), free_port()
+            authority = Authority(self.orchestrator / "authority")
+            if not authority.ca.exists():
+                create(authority.folder, [LOOPBACK, "localhost"])
+            children = [self._orchestrator(fleet_port)]
+            for name, data in self.sites.items():
+                children.append(self._site(name, data, fleet_port, authority))
+            self.supervisor = Supervisor(children, grace=15.0)
+            try:
+                children[0].start()
+                self._register()
+                for child in children[1:]:
+                    child.start()
+                yield
+            finally:
+                with _uninterrupted():
+                    self.supervisor.stop()
+        finally:
+            lock.release()
+
+    def _orchestrator(self, fleet_port: int) -> Child:
+        return Child(
+            "orchestrator",
+            [
+                *(sys.executable, "-m", "orchestrator.cli", "start", "--state", str(self.orchestrator)),
+                *("--fleet-port", str(fleet_port), "--control-port", str(self._control_port)),
+                *("--poll", str(self.options.poll), "--end-with-parent"),
+            ],
+            self.orchestrator / "logs" / "orchestrator.log",
+            restart=False,
+        )
+
+    def _site(self, name: str, data: Path, fleet_port: int, authority: Authority) -> Child:
+        config, state = self.state / "sites" / name / "config", self.state / "sites" / name / "state"
+        address = f"{LOOPBACK}:{fleet_port}"
+        if not (config / "site.key").exists():
+            _command(
+                [
+                    *("-m", "appliance.cli", "init", "--name", name, "--orchestrator", address, "--data", str(data)),
+                    *("--config", str(config), "--state", str(state), "--device", self.options.device),
+                ]
+            )
+        shutil.copyfile(authority.ca, config / "ca.crt")
+        settings: dict[str, Any] = {
+            "orchestrator": address,
+            "data": str(data),
+            "device": self.options.device,
+            "poll": self.options.poll,
+            "preprocessing_processes": self.options.preprocessing_processes,
+            "fingerprint_processes": self.options.fingerprint_processes,
+            "augmentation_processes": self.options.augmentation_processes,
+            "threads": self.options.threads,
+        }
+        environment = {f"FEDNNUNET_{key.upper()}": str(value) for key, value in settings.items() if value is not None}
+        return Child(
+            name,
+            [
+                *(sys.executable, "-m", "appliance.cli", "start", "--config", str(config / "site.toml")),
+                "--end-with-parent",
+            ],
+            state / "logs" / "appliance.log",
+            environment,
+            restart=False,
+        )
+
+    def _control(self) -> Any:
+        return control(self.orchestrator, f"{LOOPBACK}:{self._control_port}")
+
+    def _register(self) -> None:
+        from federation.flower.clients import HTTPError
+
+        assert self.supervisor is not None
+        end = time.monotonic() + START_TIMEOUT
+        client = self._control()
+        while True:
+            self._look()
+            try:
+                known = client.nodes()
+                break
+            except HTTPError as error:
+                if time.monotonic() > end:
+                    raise FednnunetError(Code.ORCHESTRATOR_UNREACHABLE, str(error).splitlines()[0]) from error
+                time.sleep(0.1)
+        for name in self.sites:
+            if name not in known:
+                client.register((self.state / "sites" / name / "config" / "site.pub").read_bytes(), name)
+
+    def _look(self) -> None:
+        assert self.supervisor is not None
+        for child in self.supervisor.children:
+            if child.process is not None:
+                self.supervisor.look()
+                return
+
+    def run(self, study: Study, console: Console) -> StudyView:
+        """Run a study to its end and show it; raises what made it fail.
+
+        Parameters
+        ----------
+        study : Study
+            Its sites must be those of this simulation.
+        console : Console
+            Where to show progress: a live screen on a terminal, plain lines elsewhere.
+        """
+        if set(study.sites) != set(self.sites):
+            raise FednnunetError(
+                Code.SITES_MISMATCH, f"study: {', '.join(study.sites)}; given: {', '.join(self.sites) or 'none'}"
+            )
+        folder = self.study_folder(study)
+        tail = Tail(folder / "journal.jsonl")
+        view = StudyView(study)
+        for line in tail.lines():
+            view.take(line)
+        if view.ended == "done":
+            console.print(f"study {study.name} is done already: {folder}", soft_wrap=True)
+            return view
+        resumed = folder.exists() and view.ended is None
+        if resumed:
+            console.print(f"study {study.name} goes on after: {view.phase}, round {view.done_rounds}")
+        view.ended, view.seconds = None, []
+        with self.running():
+            if not resumed:
+                with reaching(f"{LOOPBACK}:{self._control_port}"):
+                    self._control().start(study.model_dump_json())
+            self._watch(view, tail, console)
+        if view.ended == "failed":
+            code = Code.of(view.number)
+            found = view.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
+            raise FednnunetError(code, f"{found}\n{self._where(study)}", view.advice)
+        return view
+
+    def _watch(self, view: StudyView, tail: Tail, console: Console) -> None:
+        live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        assert self.supervisor is not None
+        with live or contextlib.nullcontext():
+            while view.ended is None:
+                self.supervisor.look()
+                for line in tail.lines():
+                    text = view.take(line)
+                    if text and live is None:
+                        console.print(text, soft_wrap=True, highlight=False)
+                if live is not None:
+                    live.update(view.screen(self._doing))
+                time.sleep(0.2)
+
+    def _doing(self, site: str) -> str:
+        try:
+            status = files.read_json(self.state / "sites" / site / "state" / "worker" / "status.json")
+            return str(status.get("phase") or "")
+        except (OSError, ValueError):
+            return ""
+
+    def _where(self, study: Study) -> str:
+        reports = sorted(self.state.glob(f"sites/*/state/worker/{study.id}/report.txt"))
+        places = [f"site report: {path}" for path in reports] + [f"journal: {self.study_folder(study)}"]
+        return "\n".join([*places, f"logs: {self.state}/sites/*/state/logs, {self.orchestrator / 'logs'}"])
+
+
+def _command(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise FednnunetError(Code.SETTINGS_INVALID, (done.stderr or done.stdout).strip())
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not keep processes from being ended."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def simulate(
+    study: Study, state: Path, sites: Mapping[str, Path], options: SiteOptions, console: Console
+) -> tuple[StudyView, Path]:
+    """Run a study on this machine; returns how it ended and the study's folder.
+
+    SIGTERM is treated as Ctrl-C: every process is ended.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    simulation = Simulation(state, sites, options)
+    try:
+        view = simulation.run(study, console)
+    except KeyboardInterrupt:
+        console.print(
+            "interrupted: every process is ended. The same command goes on where this one stopped.", soft_wrap=True
+        )
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print_end(console, view, simulation.study_folder(study))
+    return view, simulation.study_folder(study)

@@ -1,0 +1,462 @@
+"""The coordinator: the state machine of a study, and the resident process that drives it.
+
+Rules:
+
+- Every step first asks the journal whether it has been done; a coordinator that is killed at any point goes on from
+  the last line, in a new Flower run.
+- Describe, fingerprint, prepare and finish need every site: there is never a silent subset. A round of training and
+  a validation need the quorum; the participation record says who was missing and why.
+- Nothing here imports torch: planning and model building are child processes.
+
+States: enrolling -> describing -> fingerprinting -> planning -> preparing -> (training -> validating -> finishing,
+for each fold) -> exporting -> done, or failed(why).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from federation import files, weights
+from federation.audit import read
+from federation.errors import Code, FednnunetError
+from federation.fingerprint import merge, to_nnunet
+from federation.flower import clients
+from federation.flower.runner import Run, Stop, serve_runs
+from federation.study import Study, parse
+from federation.tasks import Kind, LabelScore, Plan, Result, Task, Weights
+from orchestrator import model, planning
+from orchestrator.admission import admit
+from orchestrator.aggregation.mean import Update, weighted_mean
+from orchestrator.enrollment.authority import Authority
+from orchestrator.journal import ENDED, Journal
+from orchestrator.rounds import Carrier, Errand, Exchange, Outcome
+
+log = logging.getLogger("fednnunet.coordinator")
+
+_PHASES = {
+    Kind.DESCRIBE: "describing",
+    Kind.FINGERPRINT: "fingerprinting",
+    Kind.PREPARE: "preparing",
+    Kind.TRAIN: "training",
+    Kind.VALIDATE: "validating",
+    Kind.FINISH: "finishing",
+}
+
+
+def _nothing(task: Task, result: Result, update: Path) -> dict[str, Any]:
+    """Accepts an answer that needs no further check."""
+    return {}
+
+
+class Conductor:
+    """Drives one study from wherever its journal stands to its end.
+
+    Parameters
+    ----------
+    carrier : Carrier
+        The run that reaches the sites.
+    journal : Journal
+        The study's journal.
+    pretrained : Path
+        Folder of pretrained checkpoints, named by their SHA-256.
+    poll : float
+        Seconds between two looks for answers.
+    """
+
+    def __init__(self, carrier: Carrier, journal: Journal, pretrained: Path, poll: float) -> None:
+        self.journal, self.study = journal, journal.study
+        self._exchange = Exchange(carrier, journal, poll)
+        self._pretrained = pretrained
+
+    def conduct(self) -> None:
+        """Go on until the study is done; raises what made it fail."""
+        self._steps()
+        self.journal.write("done")
+
+    def _steps(self) -> None:
+        study = self.study
+        self.journal.phase("enrolling")
+        self._exchange.await_sites(study.sites, study.appear_deadline)
+        self._everyone(Kind.DESCRIBE)
+        if study.stop_after == "describe":
+            return
+        self._fingerprint()
+        if study.stop_after == "fingerprint":
+            return
+        plan = self._plan()
+        if study.stop_after == "plan":
+            return
+        prepared = self._everyone(Kind.PREPARE, plan=plan)
+        if study.stop_after == "prepare":
+            return
+        validation: dict[str, dict[str, Any]] = {}
+        for fold in study.folds:
+            cases = {}
+            for site, result in prepared.items():
+                if result.preparation is None or fold not in result.preparation.training_cases:
+                    raise FednnunetError(Code.RESULT_REFUSED, f"{site} declared no cases for fold {fold}")
+                cases[site] = result.preparation.training_cases[fold]
+            self._train(fold, plan, cases)
+            validation[fold] = self._validate(fold)
+            self._everyone(Kind.FINISH, fold=fold, weights=self._held(fold))
+        self._export(plan, validation)
+
+    # asking
+
+    def _task(self, site: str, kind: Kind, fold: str | None, number: int | None, **carried: Any) -> Task:
+        task = Task(
+            study=self.study,
+            site=site,
+            kind=kind,
+            fold=fold,
+            round=number,
+            plans_sha256=self.journal.state.plans_sha256,
+            **carried,
+        )
+        return task.model_copy(update={"attempt": self.journal.attempt(task)})
+
+    def _everyone(
+        self,
+        kind: Kind,
+        fold: str | None = None,
+        plan: Plan | None = None,
+        weights: Callable[[str, bool], tuple[Weights | None, Path | None]] | None = None,
+    ) -> dict[str, Result]:
+        """A step that every site must do; raises FNU-502 that names who did not and why."""
+        self.journal.phase(_PHASES[kind])
+
+        def errand(site: str, full: bool) -> Errand:
+            header, file = weights(site, full) if weights else (None, None)
+            return Errand(self._task(site, kind, fold, None, plan=plan, weights=header), file)
+
+        outcome = self._exchange.ask(
+            self.study.sites,
+            errand,
+            _nothing,
+            needed=len(self.study.sites),
+            deadline=self.study.round_deadline,
+        )
+        if outcome.missing:
+            raise FednnunetError(Code.SITE_FAILED, f"{kind}: {_who(outcome)}")
+        return dict(sorted(outcome.answers.items()))
+
+    # steps
+
+    def _fingerprint(self) -> None:
+        answers = self._everyone(Kind.FINGERPRINT)
+        pooled = self.journal.folder / "fingerprint.json"
+        if not pooled.exists():
+            merged = merge([result.fingerprint for result in answers.values() if result.fingerprint])
+            files.write_bytes(pooled, merged.model_dump_json(indent=1).encode())
+            self.journal.write("pooled", sha256=files.sha256_of(pooled), **planning.fingerprint_record(merged))
+
+    def _pooled(self) -> Any:
+        from federation.fingerprint import SiteFingerprint
+
+        return SiteFingerprint.model_validate_json((self.journal.folder / "fingerprint.json").read_bytes())
+
+    def _plan(self) -> Plan:
+        path = self.journal.folder / "plan.json"
+        if self.journal.state.plans_sha256 is None:
+            self.journal.phase("planning")
+            planned = planning.plan(self._pooled(), self.study, self.journal.folder / "planning")
+            plan = Plan(plans=planned.plans, plans_sha256=planned.plans_sha256, dataset_json=planned.dataset_json)
+            files.write_bytes(path, plan.model_dump_json(indent=1).encode())
+            self.journal.write("planned", plans_sha256=plan.plans_sha256)
+        return Plan.model_validate_json(path.read_bytes())
+
+    def _train(self, fold: str, plan: Plan, cases: dict[str, int]) -> None:
+        journal, study = self.journal, self.study
+        if fold not in journal.state.weights:
+            initial = journal.global_file(fold, 0)
+            pretrained = self._pretrained / f"{study.pretrained_weights}.pth" if study.pretrained_weights else None
+            model.initial_weights(plan.plans, plan.dataset_json, study, initial, pretrained)
+            journal.write("weights", fold=fold, round=0, digest=files.sha256_of(initial))
+        while (done := journal.state.weights[fold][0]) < study.rounds:
+            self._round(fold, done + 1, cases)
+
+    def _carried(self, fold: str, number: int) -> Callable[[str, bool], tuple[Weights, Path | None]]:
+        """How the weights after round `number` reach a site: held, as a difference to what it holds, or in full."""
+        digest = self.journal.state.weights[fold][1]
+        path = self.journal.global_file(fold, number)
+        difference = path.with_name("difference.safetensors")
+        before = self._digest_of(fold, number - 1)
+
+        def carried(site: str, full: bool) -> tuple[Weights, Path | None]:
+            holds = None if full else self.journal.state.holds.get(site)
+            if holds == digest:
+                return weights.describe_held(digest), None
+            if before is not None and holds == before and difference.exists():
+                return weights.describe_difference(difference, before, digest), difference
+            return weights.describe_full(path, digest), path
+
+        return carried
+
+    def _digest_of(self, fold: str, number: int) -> str | None:
+        path = self.journal.global_file(fold, number) if number >= 0 else None
+        return files.sha256_of(path) if path is not None and path.exists() else None
+
+    def _held(self, fold: str) -> Callable[[str, bool], tuple[Weights, Path | None]]:
+        return self._carried(fold, self.journal.state.weights[fold][0])
+
+    def _round(self, fold: str, number: int, cases: dict[str, int]) -> None:
+        journal, study = self.journal, self.study
+        journal.phase("training")
+        started = time.monotonic()
+        base = journal.global_file(fold, number - 1)
+        digest = journal.state.weights[fold][1]
+        carried = self._carried(fold, number - 1)
+
+        def errand(site: str, full: bool) -> Errand:
+            header, file = carried(site, full)
+            return Errand(self._task(site, Kind.TRAIN, fold, number, weights=header), file)
+
+        def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
+            admitted = admit(task, result, update, base, cases[task.site])
+            return {
+                "cases": admitted.cases,
+                "distance": admitted.norm,
+                "digest": admitted.digest,
+                "holds": digest,
+                "training": result.training.model_dump(mode="json") if result.training else None,
+            }
+
+        closed = journal.state.closed.get((fold, number))
+        if closed is None:
+            outcome = self._exchange.ask(
+                study.sites,
+                errand,
+                accept,
+                needed=study.needed,
+                deadline=study.round_deadline,
+                max_weights=base.stat().st_size + 2**16,
+            )
+            if len(outcome.answers) < study.needed:
+                raise FednnunetError(
+                    Code.QUORUM_NOT_MET,
+                    f"fold {fold}, round {number}: {len(outcome.answers)} of {study.needed} needed; {_who(outcome)}",
+                )
+            journal.write(
+                "closed",
+                fold=fold,
+                round=number,
+                participants=sorted(outcome.answers),
+                missing=outcome.missing,
+                seconds=round(time.monotonic() - started, 3),
+            )
+            closed = journal.state.closed[fold, number]
+        aggregating = time.monotonic()
+        digest = self._aggregate(fold, number, closed["participants"], cases, base)
+        journal.write(
+            "weights", fold=fold, round=number, digest=digest, seconds=round(time.monotonic() - aggregating, 3)
+        )
+        journal.forget_round(fold, number)
+
+    def _aggregate(self, fold: str, number: int, participants: list[str], cases: dict[str, int], base: Path) -> str:
+        journal, study = self.journal, self.study
+        uniform = study.aggregation.weighting == "uniform"
+        updates = {
+            site: Update(
+                journal.round_folder(fold, number) / "updates" / f"{site}.safetensors",
+                1.0 if uniform else float(cases[site]),
+            )
+            for site in participants
+        }
+        out = journal.global_file(fold, number)
+        if study.wire == "full":
+            return weighted_mean(updates, base, out)
+        mean = out.with_name("mean.safetensors")
+        weighted_mean(updates, base, mean)
+        difference, carry = out.with_name("difference.safetensors"), out.with_name("carry.safetensors")
+        weights.encode_difference(mean, base, base.with_name("carry.safetensors"), difference, carry)
+        mean.unlink()
+        return weights.apply_difference(base, difference, out)
+
+    def _validate(self, fold: str) -> dict[str, Any]:
+        """Every site scores the global weights; with the quorum the study goes on, and says who is missing."""
+        self.journal.phase("validating")
+        carried = self._held(fold)
+        digest = self.journal.state.weights[fold][1]
+
+        def errand(site: str, full: bool) -> Errand:
+            header, file = carried(site, full)
+            return Errand(self._task(site, Kind.VALIDATE, fold, None, weights=header), file)
+
+        def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
+            return {
+                "holds": digest,
+                "validation": result.validation.model_dump(mode="json") if result.validation else None,
+            }
+
+        outcome = self._exchange.ask(
+            self.study.sites, errand, accept, needed=self.study.needed, deadline=self.study.round_deadline
+        )
+        if len(outcome.answers) < self.study.needed:
+            raise FednnunetError(Code.QUORUM_NOT_MET, f"validation of fold {fold}: {_who(outcome)}")
+        scores = {
+            site: result.validation.model_dump(mode="json")
+            for site, result in sorted(outcome.answers.items())
+            if result.validation
+        }
+        return {"sites": scores, "missing": outcome.missing}
+
+    def _export(self, plan: Plan, validation: dict[str, dict[str, Any]]) -> None:
+        journal = self.journal
+        if journal.state.exported is not None:
+            return
+        journal.phase("exporting")
+        finals = {fold: journal.global_file(fold, journal.state.weights[fold][0]) for fold in self.study.folds}
+        archive = model.export(
+            journal.folder / "model",
+            plan.plans,
+            plan.dataset_json,
+            to_nnunet(self._pooled()),
+            self.study,
+            finals,
+            validation,
+            journal.folder / f"{self.study.dataset}.zip",
+        )
+        journal.write(
+            "exported",
+            path=archive.name,
+            sha256=files.sha256_of(archive),
+            nbytes=archive.stat().st_size,
+            weights={fold: journal.state.weights[fold][1] for fold in self.study.folds},
+            validation=validation,
+        )
+
+
+def _who(outcome: Outcome) -> str:
+    return "; ".join(f"{site}: {reason}" for site, reason in sorted(outcome.missing.items()))
+
+
+def pooled_score(scores: list[LabelScore]) -> float | None:
+    """Mean Dice of one label over all cases of all sites."""
+    cases = sum(score.cases for score in scores if score.mean is not None)
+    if not cases:
+        return None
+    return sum(score.mean * score.cases for score in scores if score.mean is not None) / cases
+
+
+@dataclass(frozen=True)
+class CoordinatorSettings:
+    """Where the coordinator works.
+
+    Attributes
+    ----------
+    state : Path
+        The orchestrator's state folder.
+    control : str
+        HOST:PORT of the control listener.
+    poll : float
+        Seconds between two looks.
+    """
+
+    state: Path
+    control: str
+    poll: float
+
+    @property
+    def authority(self) -> Authority:
+        """The authority's files."""
+        return Authority(self.state / "authority")
+
+    @property
+    def studies(self) -> Path:
+        """Folder of the studies."""
+        return self.state / "studies"
+
+
+def drive(settings: CoordinatorSettings, run: Run) -> None:
+    """Drive the study of one run to its end, or until the run is lost."""
+    study = parse(json.loads(run.study_json), f"run {run.run_id}")
+    folder = settings.studies / study.id
+    journal = Journal(folder, study)
+    try:
+        shutil.rmtree(folder / "incoming", ignore_errors=True)
+        if journal.state.ended == "done":
+            return
+        journal.write("opened", run=run.run_id)
+        log.info("study %s (%s), run %s: %s", study.name, study.id[:12], run.run_id, journal.state.phase)
+        try:
+            Conductor(run, journal, settings.state / "pretrained", settings.poll).conduct()
+        except FednnunetError as error:
+            journal.write("failed", number=error.code.number, reason=str(error), advice=error.advice)
+            raise
+        except OSError as error:
+            numbered = files.disk_error(error, folder)
+            if numbered is None:
+                raise
+            journal.write("failed", number=numbered.code.number, reason=str(numbered), advice=numbered.advice)
+            raise numbered from error
+    finally:
+        journal.close()
+
+
+def unfinished(settings: CoordinatorSettings) -> list[Study]:
+    """Studies whose journal has begun and not ended."""
+    found = []
+    for folder in sorted(settings.studies.glob("*")):
+        if (folder / "journal.jsonl").exists():
+            study = Study.model_validate(files.read_json(folder / "study.json"))
+            journal = Journal(folder, study)
+            if journal.state.ended not in ENDED:
+                found.append(study)
+            journal.close()
+    return found
+
+
+def _carry_on(settings: CoordinatorSettings, control: clients.Control) -> None:
+    """Flower forgets a run that loses its coordinator: end what is left of it and start a new run in its place."""
+    studies = unfinished(settings)
+    if not studies:
+        return
+    for run_id in control.active():
+        if control.status(run_id)[0] in ("starting", "running"):
+            control.stop(run_id)
+    for study in studies:
+        log.info("study %s (%s) goes on in a new run", study.name, study.id[:12])
+        control.start(study.model_dump_json())
+
+
+def main(settings: CoordinatorSettings) -> None:
+    """Run the resident coordinator until SIGTERM."""
+
+    def stop(*_: object) -> None:
+        raise Stop(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    authority = settings.authority
+    authority.check()
+    ca, token = authority.ca.read_bytes(), authority.token.read_text().strip()
+    control = clients.Control(settings.control, ca, token)
+    secret = clients.load_secret(authority.secret)
+    pause, known = 0.0, ""
+    next_try: float | None = 0.0
+    for ran in serve_runs(settings.control, ca, secret, lambda run: drive(settings, run), settings.poll):
+        if ran:  # a study that makes no progress is tried again after a pause that grows
+            now = _progress(settings)
+            pause = min(max(1.0, pause * 2), 60.0) if now == known else 0.0
+            known, next_try = now, time.monotonic() + pause
+        if next_try is not None and time.monotonic() >= next_try:
+            try:
+                _carry_on(settings, control)
+                next_try = None
+            except clients.HTTPError as error:
+                log.warning("the SuperLink does not answer: %s", str(error).splitlines()[0])
+
+
+def _progress(settings: CoordinatorSettings) -> str:
+    """Changes when any study's journal has grown by more than the lines of a restart."""
+    return ",".join(
+        str(sum(line["event"] not in ("opened", "asked") for line in read(path)))
+        for path in sorted(settings.studies.glob("*/journal.jsonl"))
+    )

@@ -1,0 +1,311 @@
+"""One exchange with the sites: send a task to each, collect the answers, send again, keep the deadline.
+
+Rules:
+
+- An answer counts when the journal says so: it is fetched to a file, checked (orchestrator.admission), recorded.
+- One look asks for all outstanding answers at once; each answer is then fetched by itself, chunk by chunk.
+- A site that restarts has lost what it was sent: Flower shows a new activation, and the task is sent again. The
+  site does it once all the same (its spool is keyed by the task).
+- A site that fails says so with a code; it is asked again only where its code says that this may help.
+- At the deadline the exchange ends with whoever answered. Who is missing, and why, is part of the outcome.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from federation import files
+from federation.errors import Code, FednnunetError
+from federation.flower.runner import SITE_LOST, Node
+from federation.flower.transfer import Ready, Received, file_array
+from federation.tasks import Result, Task, parse_result
+from orchestrator.admission import check_answer
+from orchestrator.journal import Journal
+
+log = logging.getLogger("fednnunet.rounds")
+
+MAX_ATTEMPTS = 5
+LOOK_AT_NODES = 1.0  # seconds between two looks at who is online
+
+
+class Carrier(Protocol):
+    """What an exchange needs of the network; federation.flower.runner.Run is the real one."""
+
+    def check(self) -> None:
+        """Raise when the run is over."""
+
+    def nodes(self) -> dict[str, Node]:
+        """Registered sites by name."""
+
+    def push(self, node: Node, group: str, body: str, weights: Any, ttl: float) -> str:
+        """Send; returns an id."""
+
+    def ready(self, message_ids: list[str]) -> list[Ready]:
+        """Answers that wait."""
+
+    def take(self, ready: Ready, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
+        """Fetch an answer."""
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A task for one site and the weights file that goes with it."""
+
+    task: Task
+    weights: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """Who answered, and why the others did not."""
+
+    answers: dict[str, Result] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Outstanding:
+    message_id: str
+    errand: Errand
+    activated_at: str
+
+
+Accept = Callable[[Task, Result, Path], dict[str, Any]]
+"""Checks an answer and its weights file before they count; returns fields for the journal's line."""
+
+
+class Exchange:
+    """Exchanges of one study over one run.
+
+    Parameters
+    ----------
+    carrier : Carrier
+        The network.
+    journal : Journal
+        The study's journal.
+    poll : float
+        Seconds between two looks for answers.
+    """
+
+    def __init__(self, carrier: Carrier, journal: Journal, poll: float) -> None:
+        self._carrier, self._journal, self._poll = carrier, journal, poll
+        self._arrays: dict[Path, Any] = {}
+
+    def await_sites(self, sites: Iterable[str], deadline: float) -> None:
+        """Wait until every site is online; raises FNU-501 that names the absent ones.
+
+        Parameters
+        ----------
+        sites : iterable of str
+            Names.
+        deadline : float
+            Seconds from now.
+        """
+        end = time.monotonic() + deadline
+        reported: set[str] = set()
+        while True:
+            self._carrier.check()
+            nodes = self._carrier.nodes()
+            absent = [site for site in sites if site not in nodes or not nodes[site].online]
+            for site in sorted(set(sites) - set(absent) - reported):
+                self._journal.write("online", site=site)
+                reported.add(site)
+            if not absent:
+                return
+            if time.monotonic() > end:
+                unknown = [site for site in absent if site not in nodes]
+                detail = f"{', '.join(absent)} (after {deadline:.0f} s)"
+                if unknown:
+                    detail += f"; not registered: {', '.join(unknown)}"
+                raise FednnunetError(Code.SITE_NEVER_APPEARED, detail)
+            time.sleep(self._poll)
+
+    def ask(
+        self,
+        sites: Iterable[str],
+        errand: Callable[[str, bool], Errand],
+        accept: Accept,
+        *,
+        needed: int,
+        deadline: float,
+        max_weights: int = 0,
+    ) -> Outcome:
+        """Ask every site and collect the answers.
+
+        Parameters
+        ----------
+        sites : iterable of str
+            Who is asked.
+        errand : callable
+            ``errand(site, full)``: the task for a site; `full` asks for weights that need no base.
+        accept : callable
+            Checks an answer and its weights file; raises FNU-505 to refuse it.
+        needed : int
+            With fewer the exchange ends at once: it cannot succeed any more.
+        deadline : float
+            Seconds from now.
+        max_weights : int
+            Most bytes of weights to take in an answer.
+        """
+        everyone = sorted(sites)
+        outcome = Outcome()
+        for site in everyone:
+            recorded = self._journal.answer(errand(site, False).task)
+            if recorded is not None:
+                outcome.answers[site] = recorded
+        outstanding: dict[str, _Outstanding] = {}
+        fetching: dict[concurrent.futures.Future[tuple[Received, Result | None]], tuple[str, _Outstanding]] = {}
+        full: set[str] = set()
+        not_before: dict[str, float] = {}
+        reasons: dict[str, str] = {}
+        nodes: dict[str, Node] = {}
+        end, looked, expired = time.monotonic() + deadline, 0.0, threading.Event()
+
+        def open_sites() -> list[str]:
+            return [site for site in everyone if site not in outcome.answers and site not in outcome.missing]
+
+        with concurrent.futures.ThreadPoolExecutor(4, "fetch") as pool:
+            try:
+                while open_sites():
+                    self._carrier.check()
+                    now = time.monotonic()
+                    if now > end:
+                        break
+                    if len(everyone) - len(outcome.missing) < needed and not fetching:
+                        break
+                    if now - looked >= LOOK_AT_NODES:
+                        nodes, looked = self._carrier.nodes(), now
+                    for site in open_sites():
+                        node, sent = nodes.get(site), outstanding.get(site)
+                        if any(name == site for name, _ in fetching.values()):
+                            continue
+                        if node is None or not node.online or now < not_before.get(site, 0.0):
+                            if sent is None:
+                                reasons[site] = "offline"
+                            continue
+                        if sent is not None and sent.activated_at == node.activated_at:
+                            continue
+                        again = "" if sent is None else "the site restarted"
+                        outstanding[site] = self._send(node, errand(site, site in full), end - now + 60, again)
+                        reasons[site] = "no answer before the deadline"
+                    waiting = {sent.message_id: site for site, sent in outstanding.items()}
+                    for ready in self._carrier.ready(list(waiting)) if waiting else []:
+                        site = waiting.get(ready.reply_to, "")
+                        if not site:
+                            continue
+                        sent = outstanding.pop(site)
+                        future = pool.submit(self._fetch, ready, sent, max_weights, expired.is_set)
+                        fetching[future] = (site, sent)
+                    done = [future for future in fetching if future.done()]
+                    for future in done:
+                        site, sent = fetching.pop(future)
+                        verdict = self._settle(site, sent, future, accept, outcome)
+                        if verdict == "full":
+                            full.add(site)
+                        elif verdict == "again":
+                            not_before[site] = time.monotonic() + LOOK_AT_NODES
+                    if not done:
+                        time.sleep(self._poll)
+            finally:
+                expired.set()
+        for site in open_sites():
+            outcome.missing[site] = reasons.get(site, "offline")
+        return outcome
+
+    def _send(self, node: Node, errand: Errand, ttl: float, why: str) -> _Outstanding:
+        task, weights = errand.task, None
+        if errand.weights is not None:
+            if errand.weights not in self._arrays:
+                self._arrays = {errand.weights: file_array(errand.weights)} | (
+                    {path: array for path, array in self._arrays.items() if path.exists()}
+                )
+            weights = self._arrays[errand.weights]
+        body = task.model_dump_json()
+        message_id = self._carrier.push(node, task.key, body, weights, ttl)
+        size = len(body) + (task.weights.nbytes if task.weights else 0)
+        self._journal.write(
+            "asked", site=task.site, key=task.key, attempt=task.attempt, nbytes=size, **({"why": why} if why else {})
+        )
+        return _Outstanding(message_id, errand, node.activated_at)
+
+    def _incoming(self, task: Task) -> Path:
+        return self._journal.folder / "incoming" / f"{task.key}-{task.site}-{task.attempt}.safetensors"
+
+    def _fetch(
+        self, ready: Ready, sent: _Outstanding, max_weights: int, give_up: Callable[[], bool]
+    ) -> tuple[Received, Result | None]:
+        received = self._carrier.take(ready, self._incoming(sent.errand.task), max_weights, give_up)
+        return received, parse_result(received.body) if received.error_code is None else None
+
+    def _settle(
+        self,
+        site: str,
+        sent: _Outstanding,
+        future: concurrent.futures.Future[tuple[Received, Result | None]],
+        accept: Accept,
+        outcome: Outcome,
+    ) -> str:
+        """Record one fetched answer; returns "" when the site is settled, "again" or "full" to ask again."""
+        task = sent.errand.task
+        incoming = self._incoming(task)
+        try:
+            try:
+                received, result = future.result()
+                if received.error_code in SITE_LOST:
+                    log.info("%s: lost %s (%s), it is sent again", site, task.key, received.error_reason)
+                    return "again"
+                if result is None:
+                    raise FednnunetError(Code.SITE_FAILED, f"{site}, {task.key}: {received.error_reason}")
+                check_answer(task, result)
+            except FednnunetError as error:
+                self._refuse(task, None, incoming, error)
+                outcome.missing[site] = f"{error.scrubbed()}: {error.found}"
+                return ""
+            if result.failure is not None:
+                self._journal.write(
+                    "failed_answer",
+                    site=site,
+                    key=task.key,
+                    attempt=task.attempt,
+                    reason=result.failure.describe(),
+                )
+                if result.failure.retry and task.attempt < MAX_ATTEMPTS:
+                    return "full"
+                outcome.missing[site] = result.failure.describe()
+                return ""
+            try:
+                fields = accept(task, result, incoming)
+            except FednnunetError as error:
+                self._refuse(task, result, incoming, error)
+                outcome.missing[site] = f"{error.scrubbed()}: {error.found}"
+                return ""
+            size = len(received.body)
+            if result.weights is not None:
+                size += result.weights.nbytes
+                target = self._journal.update_file(task)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(incoming, target)
+                files.sync_directory(target.parent)
+            self._journal.record(task, result, nbytes=size, **fields)
+            outcome.answers[site] = result
+            return ""
+        finally:
+            incoming.unlink(missing_ok=True)
+
+    def _refuse(self, task: Task, result: Result | None, incoming: Path, error: FednnunetError) -> None:
+        kept = self._journal.quarantine(task)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if result is not None:
+            files.write_bytes(kept.with_suffix(".json"), result.model_dump_json(indent=1).encode())
+        if incoming.exists():
+            os.replace(incoming, kept.with_suffix(".safetensors"))
+        log.warning("%s", error)
+        self._journal.write("refused", site=task.site, key=task.key, attempt=task.attempt, reason=str(error))

@@ -1,0 +1,106 @@
+"""The orchestrator's two processes: the SuperLink with its two listeners, and the coordinator."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from federation.processes import Child, Lock, Supervisor, check_port, stop_on_signals
+from orchestrator.enrollment.authority import Authority
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the orchestrator keeps its state and listens.
+
+    Attributes
+    ----------
+    state : Path
+        Folder of the authority, the database and the studies.
+    fleet_host, fleet_port : str, int
+        The hospitals' listener: the only one that hospitals may reach.
+    control_host, control_port : str, int
+        The control listener: loopback, or the inside of a cluster.
+    poll : float
+        Seconds between two looks of the coordinator.
+    """
+
+    state: Path
+    fleet_host: str = "127.0.0.1"
+    fleet_port: int = 8443
+    control_host: str = "127.0.0.1"
+    control_port: int = 8100
+    poll: float = 0.5
+
+    @property
+    def authority(self) -> Authority:
+        """The authority's files."""
+        return Authority(self.state / "authority")
+
+    def arguments(self) -> list[str]:
+        """These settings as command-line arguments of `python -m orchestrator`."""
+        return [
+            *("--state", str(self.state), "--fleet-host", self.fleet_host, "--fleet-port", str(self.fleet_port)),
+            *("--control-host", self.control_host, "--control-port", str(self.control_port)),
+            *("--poll", str(self.poll)),
+        ]
+
+    def children(self) -> list[Child]:
+        """The two processes, in the order of their start."""
+        return [
+            Child(
+                role,
+                [sys.executable, "-m", "orchestrator", role, *self.arguments()],
+                self.state / "logs" / f"{role}.log",
+                {"FLWR_HOME": str(self.state / "flower")},
+            )
+            for role in ("superlink", "coordinator")
+        ]
+
+    def check(self) -> None:
+        """Raise a numbered error for what would make the start fail."""
+        self.authority.check()
+        check_port(self.fleet_host, self.fleet_port)
+        check_port(self.control_host, self.control_port)
+
+    def run(self) -> None:
+        """Check, start, keep alive until SIGTERM or SIGINT."""
+        stopped = stop_on_signals()
+        lock = Lock(self.state)
+        try:
+            self.check()
+            Supervisor(self.children()).run(stopped)
+        finally:
+            lock.release()
+
+
+def superlink(server: Server) -> None:
+    """Be the SuperLink."""
+    from federation.flower.superlink import Listener, SuperLinkFiles, serve
+
+    authority = server.authority
+    authority.check()
+    serve(
+        SuperLinkFiles(
+            authority.ca,
+            authority.certificate,
+            authority.key,
+            authority.secret,
+            authority.token,
+            server.state / "superlink.db",
+        ),
+        Listener(server.fleet_host, server.fleet_port),
+        Listener(server.control_host, server.control_port),
+    )
+
+
+def coordinator(server: Server) -> None:
+    """Be the coordinator."""
+    from orchestrator import coordinator as process
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    process.main(
+        process.CoordinatorSettings(server.state, f"{server.control_host}:{server.control_port}", server.poll)
+    )
