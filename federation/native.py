@@ -15,12 +15,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from federation.errors import Code, FednnunetError
 from federation.study import Study
+from federation.weights import Spec, TensorFile, write_tensors
 
 CHECKPOINT = "checkpoint_final.pth"
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -99,6 +102,38 @@ def unique_tensors(network: Any) -> dict[str, Any]:
     tensors = dict(module.named_parameters())
     tensors.update(module.named_buffers())
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def load_weights(network: Any, file: Path, as_tensor: Callable[[Any], Any]) -> None:
+    """Copy a weights file into a network, each tensor once.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network.
+    file : Path
+        Its tensors must have the network's names and shapes; raises FNU-404.
+    as_tensor : Callable
+        `torch.from_numpy`.
+    """
+    source = TensorFile(file)
+    tensors = unique_tensors(network)
+    if sorted(tensors) != source.names:
+        different = sorted(set(tensors) ^ set(source.names))
+        raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{len(different)} names differ, as {different[0]}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != source.spec(name).shape:
+            found = f"{name}: {source.spec(name).shape} for {tuple(tensor.shape)}"
+            raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, found)
+        tensor.copy_(as_tensor(source.read(name)))
+
+
+def save_weights(network: Any, file: Path) -> str:
+    """Write a network's tensors, float32, each once; returns the digest of the file."""
+    tensors = unique_tensors(network)
+    single = np.dtype("<f4")
+    specs = {name: Spec(single, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_tensors(file, specs, lambda name: tensors[name].cpu().float().numpy().astype(single, copy=False))
 
 
 def checkpoint(

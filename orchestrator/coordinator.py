@@ -27,17 +27,17 @@ from typing import Any
 from federation import files, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
-from federation.fingerprint import merge, to_nnunet
+from federation.fingerprint import SiteFingerprint, check, merge, plan_tolerance, to_nnunet
 from federation.flower import clients
-from federation.flower.runner import Run, Stop, serve_runs
+from federation.flower.runner import Run, RunLost, Stop, serve_runs
 from federation.study import Study, parse
-from federation.tasks import Kind, LabelScore, Plan, Result, Task, Weights
+from federation.tasks import Kind, Plan, Result, Task, Validation, Weights
 from orchestrator import model, planning
 from orchestrator.admission import admit
 from orchestrator.aggregation.mean import Update, weighted_mean
 from orchestrator.enrollment.authority import Authority
 from orchestrator.journal import ENDED, Journal
-from orchestrator.rounds import Carrier, Errand, Exchange, Outcome
+from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
 
 log = logging.getLogger("fednnunet.coordinator")
 
@@ -54,6 +54,14 @@ _PHASES = {
 def _nothing(task: Task, result: Result, update: Path) -> dict[str, Any]:
     """Accepts an answer that needs no further check."""
     return {}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the sites said of a fold's global weights, and who said nothing."""
+
+    scores: dict[str, Validation]
+    missing: dict[str, str]
 
 
 class Conductor:
@@ -97,7 +105,7 @@ class Conductor:
         prepared = self._everyone(Kind.PREPARE, plan=plan)
         if study.stop_after == "prepare":
             return
-        validation: dict[str, dict[str, Any]] = {}
+        validation: dict[str, Scored] = {}
         for fold in study.folds:
             cases = {}
             for site, result in prepared.items():
@@ -129,6 +137,7 @@ class Conductor:
         fold: str | None = None,
         plan: Plan | None = None,
         weights: Callable[[str, bool], tuple[Weights | None, Path | None]] | None = None,
+        accept: Accept = _nothing,
     ) -> dict[str, Result]:
         """A step that every site must do; raises FNU-502 that names who did not and why."""
         self.journal.phase(_PHASES[kind])
@@ -140,7 +149,7 @@ class Conductor:
         outcome = self._exchange.ask(
             self.study.sites,
             errand,
-            _nothing,
+            accept,
             needed=len(self.study.sites),
             deadline=self.study.round_deadline,
         )
@@ -151,16 +160,19 @@ class Conductor:
     # steps
 
     def _fingerprint(self) -> None:
-        answers = self._everyone(Kind.FINGERPRINT)
+        def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
+            if result.fingerprint is not None:
+                check(result.fingerprint, len(self.study.channel_names), self.study.fingerprint_min_cases)
+            return {}
+
+        answers = self._everyone(Kind.FINGERPRINT, accept=accept)
         pooled = self.journal.folder / "fingerprint.json"
         if not pooled.exists():
             merged = merge([result.fingerprint for result in answers.values() if result.fingerprint])
             files.write_bytes(pooled, merged.model_dump_json(indent=1).encode())
-            self.journal.write("pooled", sha256=files.sha256_of(pooled), **planning.fingerprint_record(merged))
+            self.journal.write("pooled", sha256=files.sha256_of(pooled), tolerance=plan_tolerance(merged))
 
-    def _pooled(self) -> Any:
-        from federation.fingerprint import SiteFingerprint
-
+    def _pooled(self) -> SiteFingerprint:
         return SiteFingerprint.model_validate_json((self.journal.folder / "fingerprint.json").read_bytes())
 
     def _plan(self) -> Plan:
@@ -280,7 +292,7 @@ class Conductor:
         mean.unlink()
         return weights.apply_difference(base, difference, out)
 
-    def _validate(self, fold: str) -> dict[str, Any]:
+    def _validate(self, fold: str) -> Scored:
         """Every site scores the global weights; with the quorum the study goes on, and says who is missing."""
         self.journal.phase("validating")
         carried = self._held(fold)
@@ -301,28 +313,26 @@ class Conductor:
         )
         if len(outcome.answers) < self.study.needed:
             raise FednnunetError(Code.QUORUM_NOT_MET, f"validation of fold {fold}: {_who(outcome)}")
-        scores = {
-            site: result.validation.model_dump(mode="json")
-            for site, result in sorted(outcome.answers.items())
-            if result.validation
-        }
-        return {"sites": scores, "missing": outcome.missing}
+        scores = {site: result.validation for site, result in sorted(outcome.answers.items()) if result.validation}
+        return Scored(scores, outcome.missing)
 
-    def _export(self, plan: Plan, validation: dict[str, dict[str, Any]]) -> None:
+    def _export(self, plan: Plan, validation: dict[str, Scored]) -> None:
         journal = self.journal
         if journal.state.exported is not None:
             return
         journal.phase("exporting")
         finals = {fold: journal.global_file(fold, journal.state.weights[fold][0]) for fold in self.study.folds}
-        archive = model.export(
+        archive = journal.folder / f"{self.study.dataset}.zip"
+        model.export(
             journal.folder / "model",
             plan.plans,
             plan.dataset_json,
             to_nnunet(self._pooled()),
             self.study,
             finals,
-            validation,
-            journal.folder / f"{self.study.dataset}.zip",
+            {fold: entry.scores for fold, entry in validation.items()},
+            archive,
+            {fold: self._curves(fold) for fold in self.study.folds},
         )
         journal.write(
             "exported",
@@ -330,20 +340,39 @@ class Conductor:
             sha256=files.sha256_of(archive),
             nbytes=archive.stat().st_size,
             weights={fold: journal.state.weights[fold][1] for fold in self.study.folds},
-            validation=validation,
+            validation={
+                fold: {
+                    "sites": {site: score.model_dump(mode="json") for site, score in entry.scores.items()},
+                    "missing": entry.missing,
+                }
+                for fold, entry in validation.items()
+            },
         )
+
+    def _curves(self, fold: str) -> dict[str, list[float]]:
+        """For each epoch the mean over the sites that took part, as nnU-Net's own progress.png draws them."""
+        names = {"train_losses": "train_loss", "val_losses": "val_loss", "lrs": "learning_rate"}
+        curves: dict[str, list[float]] = {name: [] for name in (*names, "mean_fg_dice")}
+        for number in range(1, self.study.rounds + 1):
+            reports = [
+                line["training"]
+                for (key, _), line in sorted(self.journal.state.answered.items())
+                if key == f"train-fold_{fold}-{number:04d}"
+            ]
+            for epoch in range(self.study.epochs_per_round):
+                for name, field in names.items():
+                    curves[name].append(_mean([report[field][epoch] for report in reports]))
+                dice = [value for report in reports for value in report["pseudo_dice"][epoch] if value is not None]
+                curves["mean_fg_dice"].append(_mean(dice))
+        return curves
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _who(outcome: Outcome) -> str:
     return "; ".join(f"{site}: {reason}" for site, reason in sorted(outcome.missing.items()))
-
-
-def pooled_score(scores: list[LabelScore]) -> float | None:
-    """Mean Dice of one label over all cases of all sites."""
-    cases = sum(score.cases for score in scores if score.mean is not None)
-    if not cases:
-        return None
-    return sum(score.mean * score.cases for score in scores if score.mean is not None) / cases
 
 
 @dataclass(frozen=True)
@@ -382,9 +411,9 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
     journal = Journal(folder, study)
     try:
         shutil.rmtree(folder / "incoming", ignore_errors=True)
-        if journal.state.ended == "done":
+        if journal.state.ended == "done" or run.submission in journal.state.failed_submissions:
             return
-        journal.write("opened", run=run.run_id)
+        journal.write("opened", run=run.run_id, submission=run.submission)
         log.info("study %s (%s), run %s: %s", study.name, study.id[:12], run.run_id, journal.state.phase)
         try:
             Conductor(run, journal, settings.state / "pretrained", settings.poll).conduct()
@@ -393,10 +422,17 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
             raise
         except OSError as error:
             numbered = files.disk_error(error, folder)
-            if numbered is None:
-                raise
+            numbered = numbered or FednnunetError(Code.STUDY_FAILED, f"{type(error).__name__}: {error}")
+            log.exception("study %s", study.id[:12])
             journal.write("failed", number=numbered.code.number, reason=str(numbered), advice=numbered.advice)
             raise numbered from error
+        except (RunLost, clients.HTTPError):
+            raise
+        except Exception as error:  # a fault of ours: said once, in full, instead of a coordinator that dies for ever
+            log.exception("study %s", study.id[:12])
+            failed = FednnunetError(Code.STUDY_FAILED, f"{type(error).__name__}: {error} (traceback in the log)")
+            journal.write("failed", number=failed.code.number, reason=str(failed), advice=failed.advice)
+            raise failed from error
     finally:
         journal.close()
 

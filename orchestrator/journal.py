@@ -50,12 +50,14 @@ class State:
     holds: dict[str, str] = field(default_factory=dict)
     plans_sha256: str | None = None
     exported: dict[str, Any] | None = None
+    submission: str = ""
+    failed_submissions: set[str] = field(default_factory=set)
 
     def apply(self, line: dict[str, Any]) -> None:
         """Take one more line into account."""
         match line["event"]:
             case "opened":
-                self.ended, self.reason = None, ""
+                self.ended, self.reason, self.submission = None, "", line.get("submission", "")
             case "phase":
                 self.phase = line["phase"]
             case "answered":
@@ -76,6 +78,8 @@ class State:
                 self.exported = line
             case "done" | "failed":
                 self.ended, self.reason = line["event"], line.get("reason", "")
+                if self.ended == "failed":
+                    self.failed_submissions.add(self.submission)
 
 
 class Journal:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -94,6 +98,15 @@ def make_plans(data: Path, study: Study, scratch: Path) -> dict[str, Any]:
     return plans
 
 
+@functools.cache
+def shared_site() -> tuple[Path, dict[str, Any]]:
+    """The site's data and its plans, made once for a test run; read only."""
+    scratch = Path(tempfile.mkdtemp(prefix="fednnunet-blobs-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    data = write_site(scratch / "data")
+    return data, make_plans(data, make_study(), scratch / "planning")
+
+
 def make_settings(data: Path, state: Path, **changes: Any) -> Settings:
     """A site on a CPU with one thread and no loader processes: exact arithmetic."""
     values: dict[str, Any] = {
@@ -164,9 +177,21 @@ class Site:
         self.worker = self.new_worker()
 
 
-def initial_weights(site: Site, out: Path) -> Path:
-    """Weights of a fresh network, from the orchestrator's own function."""
+def prepared_site(state: Path, changes: dict[str, Any] | None = None, **study: Any) -> Site:
+    """A site that has answered Prepare; `changes` to its settings, `study` to the study."""
+    data, plans = shared_site()
+    site = Site(make_settings(data, state, **(changes or {})), make_study(**study), plans)
+    assert site.ask(site.prepare_task()).failure is None
+    return site
+
+
+@functools.cache
+def initial_weights() -> Path:
+    """Weights of a fresh network, by the orchestrator's own function."""
     from orchestrator import model
 
-    model.initial_weights(site.plans, site.study.dataset_json(8), site.study, out, None)
+    data, plans = shared_site()
+    out = data.parent / "initial.safetensors"
+    study = make_study()
+    model.initial_weights(plans, study.dataset_json(8), study, out)
     return out

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.worker import nifti
 from appliance.worker.contents import Case, Problem, is_lfs_pointer, relative, simple_itk
 from appliance.worker.fingerprint import CaseStatistics, case_statistics
 from federation.errors import Code
@@ -159,6 +160,16 @@ def _read(
         reason = " ".join(str(error).split()) or type(error).__name__
         found.problems.append(Problem(Code.FILE_UNREADABLE, name, reason[-300:]))
         return None
+    if path.name.endswith((".nii", ".nii.gz")):
+        try:
+            not_finite = nifti.count_not_finite(path)
+        except nifti.DamagedFile as error:
+            found.problems.append(Problem(Code.FILE_UNREADABLE, name, str(error)))
+            return None
+        if not_finite:
+            detail = f"{not_finite} voxels are stored as NaN or infinite"
+            found.problems.append(Problem(Code.IMAGE_NOT_FINITE, name, detail))
+            return None
     if array.ndim != 4 or 0 in array.shape:
         found.problems.append(Problem(Code.FILE_UNREADABLE, name, f"it holds an array of shape {array.shape}"))
         return None

@@ -39,8 +39,6 @@ from appliance.worker.workspace import Control, Workspace
 from federation import files, native, tasks, weights
 from federation.errors import Code, FednnunetError
 
-SINGLE = np.dtype("<f4")
-
 
 class RoundLogger(MetaLogger):
     """nnU-Net's log, which also bears rounds that this site has missed, and draws when asked alone."""
@@ -154,29 +152,6 @@ class FoldTrainer:
         self.cases = len(trainer.do_split()[0])
         self.start_seconds = time.perf_counter() - started
 
-    # weights
-
-    def load(self, file: Path) -> None:
-        """Copy global weights into the network, each tensor once; raises FNU-404 when names or shapes differ."""
-        source = weights.TensorFile(file)
-        tensors = native.unique_tensors(self.trainer.network)
-        if sorted(tensors) != source.names:
-            different = sorted(set(tensors) ^ set(source.names))
-            raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{len(different)} names differ, as {different[0]}")
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != source.spec(name).shape:
-                found = f"{name}: {source.spec(name).shape} for {tuple(tensor.shape)}"
-                raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, found)
-            tensor.copy_(torch.from_numpy(source.read(name)))
-
-    def save(self, file: Path) -> str:
-        """Write the network's tensors, float32, each once; returns the digest."""
-        tensors = native.unique_tensors(self.trainer.network)
-        specs = {name: weights.Spec(SINGLE, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        return weights.write_tensors(
-            file, specs, lambda name: tensors[name].to("cpu", torch.float32).numpy().astype(SINGLE, copy=False)
-        )
-
     # state between rounds
 
     def _states(self) -> list[tuple[int, Path]]:
@@ -271,7 +246,7 @@ class FoldTrainer:
         trainer.current_epoch = first = (number - 1) * study.epochs_per_round
         trainer.logger.begin(first)
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-        self.load(global_weights)
+        native.load_weights(trainer.network, global_weights, torch.from_numpy)
         seed_everything(seed_of(study.seed, self.settings.name, self.fold, number))
         for epoch in range(first, first + study.epochs_per_round):
             self._epoch(epoch, number, seconds, control)
@@ -335,11 +310,11 @@ class FoldTrainer:
 
     def _write_update(self, before: int, number: int, global_weights: Path, digest: str, out: Path) -> tasks.Weights:
         if self.study.wire == "full":
-            return weights.describe_full(out, self.save(out))
+            return weights.describe_full(out, native.save_weights(self.trainer.network, out))
         whole = out.with_name(f"{out.name}.whole")
         carry = self.carry(before) if before > 0 else None
         try:
-            self.save(whole)
+            native.save_weights(self.trainer.network, whole)
             weights.encode_difference(whole, global_weights, carry, out, self.carry(number))
             arrives = weights.apply_difference(global_weights, out, whole)
         finally:

@@ -53,7 +53,7 @@ def validate(
         Sums only. Raises FNU-404 and whatever nnU-Net raises.
     """
     started = time.perf_counter()
-    fold_trainer.load(global_weights)
+    native.load_weights(fold_trainer.trainer.network, global_weights, torch.from_numpy)
     trainer, study = fold_trainer.trainer, fold_trainer.study
     report: dict[str, Any] = {}
     if fold_trainer.fold != "all":
@@ -168,7 +168,7 @@ def _mean(values: Sequence[float]) -> float:
 def finish(fold_trainer: FoldTrainer, global_weights: Path, control: Control) -> Path:
     """Write the native model of one fold; returns the model's folder. Raises FNU-404 and FNU-702."""
     control.phase("writing the native model")
-    fold_trainer.load(global_weights)
+    native.load_weights(fold_trainer.trainer.network, global_weights, torch.from_numpy)
     trainer, workspace = fold_trainer.trainer, fold_trainer.workspace
     model, folder = Path(trainer.output_folder_base), Path(trainer.output_folder)
     for target, source in (

@@ -31,6 +31,7 @@ serverapp = "coordinator:app"
 clientapp = "link:app"
 [tool.flwr.app.config]
 study = ""
+submission = ""
 """.encode()
 _NOTHING = b"app = None\n"
 

@@ -6,6 +6,7 @@ error whose text holds "ssl": right for a process that lives for one task, wrong
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -221,12 +222,16 @@ class Control:
         return {node.name: (node.node_id, node.status) for node in nodes if node.status != "unregistered"}
 
     def start(self, study_json: str) -> int:
-        """Start a run that carries a study; returns Flower's run id."""
+        """Start a run that carries a study; returns Flower's run id.
+
+        The run also carries a number of its own: where a request had to be repeated and two runs came of it, the
+        coordinator sees that both are one submission.
+        """
         return int(
             self._client.StartRun(
                 StartRunRequest(
                     fab=Fab(hash_str=bundle_hash(), content=bundle()),
-                    override_config=user_config_to_proto({"study": study_json}),
+                    override_config=user_config_to_proto({"study": study_json, "submission": secrets.token_hex(8)}),
                 )
             ).run_id
         )

@@ -70,9 +70,12 @@ class Node:
 class Run:
     """What a coordinator can do within one run: see the sites, send a task, fetch an answer."""
 
-    def __init__(self, run_id: int, study_json: str, client: Any, node_id: int, lost: threading.Event) -> None:
+    def __init__(
+        self, run_id: int, study_json: str, submission: str, client: Any, node_id: int, lost: threading.Event
+    ) -> None:
         self.run_id = run_id
         self.study_json = study_json
+        self.submission = submission
         self._client, self._lost = client, lost
         self._transfer = Transfer(client, node_id, run_id)
 
@@ -158,8 +161,9 @@ def _serve_run(address: str, ca: bytes, token: str, handle: Callable[[Run], None
         run_id = run.run_id
         if hashlib.sha256(fab.content).hexdigest() != bundle_hash():
             raise FednnunetError(Code.BUNDLE_REFUSED)
-        study_json = str(get_fused_config_from_fab(fab.content, run)["study"])
-        handle(Run(run_id, study_json, client, given.context.node_id, beat.lost))
+        config = get_fused_config_from_fab(fab.content, run)
+        study_json, submission = str(config["study"]), str(config["submission"])
+        handle(Run(run_id, study_json, submission, client, given.context.node_id, beat.lost))
         status, details = SubStatus.COMPLETED, ""
     except Stop:
         status, details = SubStatus.STOPPED, "the coordinator was shut down"

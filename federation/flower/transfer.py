@@ -86,7 +86,8 @@ def content(body: str, weights: Array | None) -> RecordDict:
     """What a message carries: the JSON body and the weights file."""
     records: dict[str, Any] = {"body": ConfigRecord({"json": body})}
     if weights is not None:
-        records["weights"] = ArrayRecord({"file": weights})
+        records["weights"] = ArrayRecord()
+        records["weights"]["file"] = weights  # the constructor would copy it, without its chunks
     return RecordDict(records)
 
 
@@ -259,9 +260,9 @@ class Transfer:
             order = [children[index] for index in head["arraychunk_ids"]]
             sound = head["dtype"] == "uint8" and head["stype"] == STYPE and type(size) is int
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise FednnunetError(Code.ENVELOPE_INVALID, "weights head") from error
+            raise FednnunetError(Code.ENVELOPE_INVALID, f"head of the weights: {error!r}") from error
         if not sound or len(order) != -(-size // CHUNK):
-            raise FednnunetError(Code.ENVELOPE_INVALID, "weights head")
+            raise FednnunetError(Code.ENVELOPE_INVALID, f"head of the weights: {str(head)[:200]}")
         if size > max_bytes:
             raise FednnunetError(Code.WEIGHTS_DAMAGED, f"{size} bytes announced, at most {max_bytes} expected")
         with replacing(path) as temporary, open(temporary, "wb") as stream:

@@ -1,0 +1,232 @@
+"""The models that sites and the orchestrator end with: nnU-Net's own commands take them untouched."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from worker_site import NAME, Site, initial_weights, make_study, prepared_site, shared_site
+
+from federation import files, tasks, weights
+from federation.errors import Code, FednnunetError
+from orchestrator import model
+
+MODEL = Path(NAME) / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+
+
+def command(name: str, results: Path, *arguments: object) -> None:
+    """Run one of nnU-Net's commands as people do."""
+    folders = {key: str(results) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    done = subprocess.run(
+        [Path(sys.executable).with_name(name), *map(str, arguments)],
+        env={**os.environ, **folders, "nnUNet_def_n_proc": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def predict(results: Path, out: Path) -> dict[str, bytes]:
+    data, _ = shared_site()
+    arguments = ["-d", "777", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    command("nnUNetv2_predict", results, "-i", data / "imagesTs", "-o", out, "--disable_tta", *arguments)
+    return {path.name: files.sha256_of(path) for path in out.glob("*.nii.gz")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Path, tasks.Validation]]:
+    """A site that has trained three rounds, validated and finished; the last global weights."""
+    before = dict(os.environ)
+    folder = tmp_path_factory.mktemp("finished")
+    site = prepared_site(folder / "state", iterations_per_epoch=10)
+    current = initial_weights()
+    for number in (1, 2, 3):
+        task = site.task(tasks.Kind.TRAIN, number)
+        assert site.ask(task, current).failure is None
+        current = site.update(task)
+    kept = folder / "global.safetensors"
+    kept.write_bytes(current.read_bytes())
+    validation = site.ask(site.task(tasks.Kind.VALIDATE), kept).validation
+    result = site.ask(site.task(tasks.Kind.FINISH), kept)
+    assert result.finished is not None
+    assert result.finished.model_sha256 == files.sha256_of(kept)
+    yield site, kept, validation
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def results_of(site: Site) -> Path:
+    return site.settings.work / site.study.id / "nnUNet_results"
+
+
+def test_validation_tells_means_for_each_label_and_nothing_of_a_case(
+    finished: tuple[Site, Path, tasks.Validation],
+) -> None:
+    site, _, validation = finished
+    assert (validation.validation_cases, validation.test_cases) == (2, 2)
+    assert set(validation.validation) == set(validation.test) == {"outer", "inner"}
+    assert validation.test["outer"].cases == 2
+    assert validation.test["outer"].mean > 0.5
+    assert "case_" not in validation.model_dump_json()
+    summary = files.read_json(results_of(site) / MODEL / "fold_0" / "validation" / "summary.json")
+    dice = [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]]
+    assert validation.validation["outer"].mean == pytest.approx(np.mean(dice))
+
+
+def test_the_checkpoint_holds_nnunets_keys_in_tensors_and_plain_types_and_no_momentum(
+    finished: tuple[Site, Path, tasks.Validation],
+) -> None:
+    site, last, _ = finished
+    checkpoint = torch.load(results_of(site) / MODEL / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    assert set(checkpoint) == {
+        "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch",
+        "init_args", "trainer_name", "inference_allowed_mirroring_axes",
+    }  # fmt: skip
+    assert checkpoint["optimizer_state"]["state"] == {}
+    assert checkpoint["current_epoch"] == 3
+    assert len(checkpoint["logging"]["train_losses"]) == 3
+    source = weights.TensorFile(last)
+    assert len(checkpoint["network_weights"]) > len(source.names)  # with all aliases
+    for name in source.names:
+        assert np.array_equal(checkpoint["network_weights"][name].numpy(), source.read(name))
+
+
+def test_a_model_folder_names_no_host_and_no_path(finished: tuple[Site, Path, tasks.Validation]) -> None:
+    site, _, _ = finished
+    folder = results_of(site) / MODEL
+    assert not list(folder.rglob("debug.json"))
+    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
+        text = (folder / name).read_text()
+        assert str(site.settings.state) not in text
+        assert "case_" not in text
+
+
+def test_nnunet_resumes_from_the_checkpoint(finished: tuple[Site, Path, tasks.Validation]) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    site, _, _ = finished
+    root = site.settings.work / site.study.id
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        os.environ[name] = str(root / name)
+    plans = {**site.plans, "continue_training": True}
+    trainer = nnUNetTrainer(plans, "3d_fullres", 0, site.study.dataset_json(8), torch.device("cpu"))
+    trainer.load_checkpoint(str(results_of(site) / MODEL / "fold_0" / "checkpoint_final.pth"))
+    assert trainer.current_epoch == 3
+
+
+def test_nnunets_commands_take_the_sites_model(
+    finished: tuple[Site, Path, tasks.Validation], tmp_path: Path
+) -> None:
+    site, _, validation = finished
+    data, _ = shared_site()
+    results = results_of(site)
+    predicted = predict(results, tmp_path / "one")
+    assert len(predicted) == 2
+
+    files_of = results / MODEL
+    evaluation = ["-djfile", files_of / "dataset.json", "-pfile", files_of / "plans.json", "-np", "1"]
+    command("nnUNetv2_evaluate_folder", results, data / "labelsTs", tmp_path / "one", *evaluation)
+    score = files.read_json(tmp_path / "one" / "summary.json")["mean"]["1"]["Dice"]
+    assert score == pytest.approx(validation.test["outer"].mean, abs=0.1)  # there with mirroring, here without
+
+    zipped = tmp_path / "model.zip"
+    command("nnUNetv2_export_model_to_zip", results, "-d", "777", "-o", zipped, "-c", "3d_fullres", "-f", "0")
+    (tmp_path / "installed").mkdir()
+    command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "installed", zipped)
+    checkpoint = MODEL / "fold_0" / "checkpoint_final.pth"
+    assert files.sha256_of(tmp_path / "installed" / checkpoint) == files.sha256_of(results / checkpoint)
+
+
+def test_the_orchestrators_zip_installs_and_predicts_as_the_sites_model_does(
+    finished: tuple[Site, Path, tasks.Validation], tmp_path: Path
+) -> None:
+    site, last, validation = finished
+    progress = {"0": {"train_losses": [0.3, 0.1], "val_losses": [0.2, 0.1], "mean_fg_dice": [0.4, 0.5]}}
+    fingerprint = files.read_json(results_of(site) / MODEL / "dataset_fingerprint.json")
+    zipped = tmp_path / "global.zip"
+    arguments = (tmp_path / "results", site.plans, site.study.dataset_json(8), fingerprint, site.study)
+    folder = model.export(*arguments, {"0": last}, {"0": {"hospital_a": validation}}, zipped, progress)
+    assert folder == tmp_path / "results" / MODEL
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global.zip", "results"]
+
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    command("nnUNetv2_install_pretrained_model_from_zip", installed, zipped)
+    assert (installed / MODEL / "fold_0" / "progress.png").stat().st_size > 1000
+    summary = files.read_json(installed / MODEL / "fold_0" / "validation" / "summary.json")
+    assert summary["mean"]["1"]["Dice"] == pytest.approx(validation.validation["outer"].mean)
+    assert "hospital_a" not in b"".join(zipfile.ZipFile(zipped).read(name) for name in zipfile.ZipFile(zipped).namelist()).decode(
+        errors="replace"
+    )
+    torch.load(installed / MODEL / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    assert predict(installed, tmp_path / "global") == predict(results_of(site), tmp_path / "site")
+
+
+def test_first_weights_follow_the_seed_alone(tmp_path: Path) -> None:
+    _, plans = shared_site()
+    out = tmp_path / "again.safetensors"
+    model.initial_weights(plans, make_study().dataset_json(8), make_study(), out)
+    assert files.sha256_of(out) == files.sha256_of(initial_weights())
+    model.initial_weights(plans, make_study().dataset_json(8), make_study(seed=1), out)
+    assert files.sha256_of(out) != files.sha256_of(initial_weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+def test_pretrained_weights_are_taken_but_for_the_segmentation_heads(tmp_path: Path) -> None:
+    """From a checkpoint as nnU-Net's own trainer writes it, with NumPy's numbers in its log."""
+    _, plans = shared_site()
+    study = make_study()
+    network = model.build_network(plans, study.dataset_json(8), study)
+    checkpoint = {"network_weights": network.state_dict(), "logging": {"mean_fg_dice": [np.float64(0.5)]}}
+    torch.save(checkpoint, tmp_path / "checkpoint_final.pth")
+    out = tmp_path / "initial.safetensors"
+    model.initial_weights(plans, study.dataset_json(8), study, out, tmp_path / "checkpoint_final.pth")
+    taken, fresh = weights.TensorFile(out), weights.TensorFile(initial_weights())
+    for name in taken.names:
+        expected = fresh.read(name) if ".seg_layers." in name else dict(network.named_parameters())[name].detach()
+        assert np.array_equal(taken.read(name), np.asarray(expected))
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, ("/tmp/fednnunet-was-here",))
+
+
+@pytest.mark.parametrize("content", [{"network_weights": {}}, {"network_weights": {}, "x": _Hostile()}, {"other": 1}])
+def test_a_checkpoint_that_does_not_fit_or_runs_code_is_refused(tmp_path: Path, content: dict[str, object]) -> None:
+    _, plans = shared_site()
+    study = make_study()
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(FednnunetError) as caught:
+        model.initial_weights(plans, study.dataset_json(8), study, tmp_path / "out", tmp_path / "bad.pth")
+    assert caught.value.code is Code.PRETRAINED_UNREADABLE
+    assert not Path("/tmp/fednnunet-was-here").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_sites_are_pooled_as_if_their_cases_lay_together() -> None:
+    first, second = [0.5, 0.7, 0.9], [0.1]
+    scores = [
+        tasks.LabelScore(mean=float(np.mean(v)), std=float(np.std(v)), minimum=min(v), cases=len(v))
+        for v in (first, second)
+    ]
+    pooled = model.pool_scores([*scores, tasks.LabelScore(mean=None, std=None, minimum=None, cases=0)])
+    assert pooled.mean == pytest.approx(np.mean(first + second))
+    assert pooled.std == pytest.approx(np.std(first + second))
+    assert (pooled.minimum, pooled.cases) == (0.1, 4)
+
+
+def test_the_coordinator_needs_no_torch_for_models() -> None:
+    code = "import sys, orchestrator.model; sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
+    assert math.isclose(model.pool_scores([]).cases, 0)
