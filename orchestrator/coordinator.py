@@ -140,12 +140,12 @@ class Conductor:
         accept: Accept = _nothing,
     ) -> dict[str, Result]:
         """A step that every site must do; raises FNU-502 that names who did not and why."""
-        self.journal.phase(_PHASES[kind])
 
         def errand(site: str, full: bool) -> Errand:
             header, file = weights(site, full) if weights else (None, None)
             return Errand(self._task(site, kind, fold, None, plan=plan, weights=header), file)
 
+        self._enter(kind, errand)
         outcome = self._exchange.ask(
             self.study.sites,
             errand,
@@ -156,6 +156,11 @@ class Conductor:
         if outcome.missing:
             raise FednnunetError(Code.SITE_FAILED, f"{kind}: {_who(outcome)}")
         return dict(sorted(outcome.answers.items()))
+
+    def _enter(self, kind: Kind, errand: Callable[[str, bool], Errand]) -> None:
+        """Enter a step's phase, unless every site has answered it before."""
+        if any(self.journal.answer(errand(site, False).task) is None for site in self.study.sites):
+            self.journal.phase(_PHASES[kind])
 
     # steps
 
@@ -294,7 +299,6 @@ class Conductor:
 
     def _validate(self, fold: str) -> Scored:
         """Every site scores the global weights; with the quorum the study goes on, and says who is missing."""
-        self.journal.phase("validating")
         carried = self._held(fold)
         digest = self.journal.state.weights[fold][1]
 
@@ -308,6 +312,7 @@ class Conductor:
                 "validation": result.validation.model_dump(mode="json") if result.validation else None,
             }
 
+        self._enter(Kind.VALIDATE, errand)
         outcome = self._exchange.ask(
             self.study.sites, errand, accept, needed=self.study.needed, deadline=self.study.round_deadline
         )

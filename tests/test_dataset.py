@@ -443,6 +443,24 @@ def test_all_faults_are_reported_at_once_and_only_their_numbers_leave(folder: Pa
     assert "case" not in leaving.model_dump_json()
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("part", ["end", "middle"])
+def test_what_itk_fills_with_zeros_in_silence_is_found(ending: str, part: str, tmp_path: Path) -> None:
+    study = make_study(file_ending=ending)
+    folder = make_dataset(tmp_path / "d", study)
+    path = folder / f"imagesTr/case_1_0000{ending}"
+    data = bytearray(path.read_bytes())
+    if part == "end":
+        del data[-40:]
+    elif ending == ".nii.gz":  # an uncompressed file has no checksum
+        data[1000:1004] = bytes(byte ^ 0x55 for byte in data[1000:1004])
+    else:
+        data[1000:1004] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    code = Code.IMAGE_NOT_FINITE if (part, ending) == ("middle", ".nii") else Code.FILE_UNREADABLE
+    assert findings(dataset.examine(folder, study, 1)) == {(code, f"imagesTr/{path.name}")}
+
+
 def test_gap_in_a_dicom_series_names_the_files_on_both_sides(folder: Path) -> None:
     dicom_with_a_gap(folder)
     report = dataset.examine(folder, make_study(), 1).report()

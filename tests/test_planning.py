@@ -45,7 +45,7 @@ def write_site(folder: Path, study: Study, site: int, cases: int) -> Path:
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     for number in range(cases):
-        shape = (int(random.integers(20, 44)), int(random.integers(60, 90)), int(random.integers(60, 90)))
+        shape = (int(random.integers(20, 40)), int(random.integers(46, 64)), int(random.integers(46, 64)))
         image = random.normal(-300, 100, shape)
         label = np.zeros(shape, np.uint8)
         label[4:16, 10:40, 10:40] = 1
@@ -137,7 +137,7 @@ def test_plans_of_three_synthetic_hospitals_are_nnunets_own_on_the_pooled_data(
     study = make_study()
     folders = [write_site(tmp_path / f"site_{site}", study, site, 4 + site) for site in range(3)]
     pooled = pooled_by_us(folders, study)
-    planners = ("ExperimentPlanner", "nnUNetPlannerResEncM", "SmallUNetPlanner")
+    planners = ("ExperimentPlanner", "nnUNetPlannerResEncM")
     central = planned_by_nnunet(folders, planners, tmp_path / "central", monkeypatch)
     for planner in planners:
         ours = planning.plan(pooled, make_study(planner=planner), tmp_path / planner)

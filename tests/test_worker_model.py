@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -36,11 +35,19 @@ def command(name: str, results: Path, *arguments: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def predict(results: Path, out: Path) -> dict[str, bytes]:
+def predict(results: Path, out: Path) -> dict[str, str]:
     data, _ = shared_site()
-    arguments = ["-d", "777", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    arguments = ["-d", "777", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0"]
     command("nnUNetv2_predict", results, "-i", data / "imagesTs", "-o", out, "--disable_tta", *arguments)
     return {path.name: files.sha256_of(path) for path in out.glob("*.nii.gz")}
+
+
+@pytest.fixture(scope="module")
+def predictions(finished: tuple[Site, Path, tasks.Validation], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What nnUNetv2_predict writes with the site's model."""
+    out = tmp_path_factory.mktemp("predictions")
+    predict(results_of(finished[0]), out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +132,17 @@ def test_nnunet_resumes_from_the_checkpoint(finished: tuple[Site, Path, tasks.Va
 
 
 def test_nnunets_commands_take_the_sites_model(
-    finished: tuple[Site, Path, tasks.Validation], tmp_path: Path
+    finished: tuple[Site, Path, tasks.Validation], predictions: Path, tmp_path: Path
 ) -> None:
     site, _, validation = finished
     data, _ = shared_site()
     results = results_of(site)
-    predicted = predict(results, tmp_path / "one")
-    assert len(predicted) == 2
+    assert len(list(predictions.glob("*.nii.gz"))) == 2
 
     files_of = results / MODEL
     evaluation = ["-djfile", files_of / "dataset.json", "-pfile", files_of / "plans.json", "-np", "1"]
-    command("nnUNetv2_evaluate_folder", results, data / "labelsTs", tmp_path / "one", *evaluation)
-    score = files.read_json(tmp_path / "one" / "summary.json")["mean"]["1"]["Dice"]
+    command("nnUNetv2_evaluate_folder", results, data / "labelsTs", predictions, *evaluation)
+    score = files.read_json(predictions / "summary.json")["mean"]["1"]["Dice"]
     assert score == pytest.approx(validation.test["outer"].mean, abs=0.1)  # there with mirroring, here without
 
     zipped = tmp_path / "model.zip"
@@ -148,7 +154,7 @@ def test_nnunets_commands_take_the_sites_model(
 
 
 def test_the_orchestrators_zip_installs_and_predicts_as_the_sites_model_does(
-    finished: tuple[Site, Path, tasks.Validation], tmp_path: Path
+    finished: tuple[Site, Path, tasks.Validation], predictions: Path, tmp_path: Path
 ) -> None:
     site, last, validation = finished
     progress = {"0": {"train_losses": [0.3, 0.1], "val_losses": [0.2, 0.1], "mean_fg_dice": [0.4, 0.5]}}
@@ -165,21 +171,27 @@ def test_the_orchestrators_zip_installs_and_predicts_as_the_sites_model_does(
     assert (installed / MODEL / "fold_0" / "progress.png").stat().st_size > 1000
     summary = files.read_json(installed / MODEL / "fold_0" / "validation" / "summary.json")
     assert summary["mean"]["1"]["Dice"] == pytest.approx(validation.validation["outer"].mean)
-    assert "hospital_a" not in b"".join(zipfile.ZipFile(zipped).read(name) for name in zipfile.ZipFile(zipped).namelist()).decode(
-        errors="replace"
-    )
+    with zipfile.ZipFile(zipped) as archive:
+        assert not any(
+            b"hospital_a" in archive.read(name) or b"case_0" in archive.read(name) for name in archive.namelist()
+        )
     torch.load(installed / MODEL / "fold_0" / "checkpoint_final.pth", weights_only=True)
-    assert predict(installed, tmp_path / "global") == predict(results_of(site), tmp_path / "site")
+    expected = {path.name: files.sha256_of(path) for path in predictions.glob("*.nii.gz")}
+    assert predict(installed, tmp_path / "global") == expected
+
+
+def first_weights(tmp_path: Path, pretrained: Path | None = None, **study: object) -> Path:
+    """What the child process does for `initial_weights`, here in this one."""
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+    _, plans = shared_site()
+    request = {"plans": plans, "dataset_json": make_study().dataset_json(8), "out": str(out)}
+    model._initial(tmp_path, {**request, "pretrained": str(pretrained) if pretrained else None}, make_study(**study))
+    return out
 
 
 def test_first_weights_follow_the_seed_alone(tmp_path: Path) -> None:
-    _, plans = shared_site()
-    out = tmp_path / "again.safetensors"
-    model.initial_weights(plans, make_study().dataset_json(8), make_study(), out)
-    assert files.sha256_of(out) == files.sha256_of(initial_weights())
-    model.initial_weights(plans, make_study().dataset_json(8), make_study(seed=1), out)
-    assert files.sha256_of(out) != files.sha256_of(initial_weights())
-    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+    assert files.sha256_of(first_weights(tmp_path)) == files.sha256_of(initial_weights())
+    assert files.sha256_of(first_weights(tmp_path, seed=1)) != files.sha256_of(initial_weights())
 
 
 def test_pretrained_weights_are_taken_but_for_the_segmentation_heads(tmp_path: Path) -> None:
@@ -189,8 +201,7 @@ def test_pretrained_weights_are_taken_but_for_the_segmentation_heads(tmp_path: P
     network = model.build_network(plans, study.dataset_json(8), study)
     checkpoint = {"network_weights": network.state_dict(), "logging": {"mean_fg_dice": [np.float64(0.5)]}}
     torch.save(checkpoint, tmp_path / "checkpoint_final.pth")
-    out = tmp_path / "initial.safetensors"
-    model.initial_weights(plans, study.dataset_json(8), study, out, tmp_path / "checkpoint_final.pth")
+    out = first_weights(tmp_path, tmp_path / "checkpoint_final.pth")
     taken, fresh = weights.TensorFile(out), weights.TensorFile(initial_weights())
     for name in taken.names:
         expected = fresh.read(name) if ".seg_layers." in name else dict(network.named_parameters())[name].detach()
@@ -198,20 +209,29 @@ def test_pretrained_weights_are_taken_but_for_the_segmentation_heads(tmp_path: P
 
 
 class _Hostile:
+    made = Path()
+
     def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, ("/tmp/fednnunet-was-here",))
+        return (os.mkdir, (str(self.made),))
 
 
-@pytest.mark.parametrize("content", [{"network_weights": {}}, {"network_weights": {}, "x": _Hostile()}, {"other": 1}])
-def test_a_checkpoint_that_does_not_fit_or_runs_code_is_refused(tmp_path: Path, content: dict[str, object]) -> None:
+@pytest.mark.parametrize("content", [{"network_weights": {}}, {"other": 1}])
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, content: dict[str, object]) -> None:
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(FednnunetError) as caught:
+        first_weights(tmp_path, tmp_path / "bad.pth")
+    assert caught.value.code is Code.PRETRAINED_UNREADABLE
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_the_childs_error_arrives(tmp_path: Path) -> None:
     _, plans = shared_site()
     study = make_study()
-    torch.save(content, tmp_path / "bad.pth")
+    _Hostile.made = tmp_path / "made"
+    torch.save({"network_weights": {}, "x": _Hostile()}, tmp_path / "bad.pth")
     with pytest.raises(FednnunetError) as caught:
         model.initial_weights(plans, study.dataset_json(8), study, tmp_path / "out", tmp_path / "bad.pth")
     assert caught.value.code is Code.PRETRAINED_UNREADABLE
-    assert not Path("/tmp/fednnunet-was-here").exists()
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
 
 
 def test_scores_of_sites_are_pooled_as_if_their_cases_lay_together() -> None:
@@ -229,4 +249,3 @@ def test_scores_of_sites_are_pooled_as_if_their_cases_lay_together() -> None:
 def test_the_coordinator_needs_no_torch_for_models() -> None:
     code = "import sys, orchestrator.model; sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
-    assert math.isclose(model.pool_scores([]).cases, 0)

@@ -58,9 +58,7 @@ def test_killed_after_round_1_and_restarted_the_worker_sends_the_same_bytes(tmp_
     assert sent[0] != sent[1]
 
 
-def test_a_round_cut_short_and_done_again_gives_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_cut_short_and_done_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = prepared_site(tmp_path)
     first, second = site.task(TRAIN, 1), site.task(TRAIN, 2)
     site.ask(first, initial_weights())
@@ -165,11 +163,35 @@ def test_a_variant_trainer_trains_with_its_own_name(tmp_path: Path, trainer: str
 
     site = prepared_site(tmp_path, trainer=trainer)
     start = tmp_path / "initial.safetensors"
-    model.initial_weights(site.plans, site.study.dataset_json(8), site.study, start)
+    native.save_weights(model.build_network(site.plans, site.study.dataset_json(8), site.study), start)
     result = site.ask(site.task(TRAIN, 1), start)
     assert result.failure is None
     folder = site.settings.work / site.study.id / "nnUNet_results" / site.study.dataset
     assert [path.name for path in folder.iterdir()] == [f"{trainer}__nnUNetPlans__3d_fullres"]
+
+
+def test_another_fold_ends_the_first_folds_trainer_and_its_loaders(tmp_path: Path) -> None:
+    site = prepared_site(tmp_path, {"augmentation_processes": 1}, fold="0-4")
+    site.ask(site.task(TRAIN, 1, fold="0"), initial_weights())
+    loaders = site.worker.trainer.trainer.dataloader_train._processes
+    assert all(process.is_alive() for process in loaders)
+    result = site.ask(site.task(TRAIN, 1, fold="1"), initial_weights())
+    assert result.training.seconds["start"] > 0
+    assert site.worker.trainer.fold == "1"
+    assert not any(process.is_alive() for process in loaders)
+    site.worker._close()
+
+
+def test_restarted_before_finish_the_worker_still_writes_the_whole_log(tmp_path: Path) -> None:
+    site = prepared_site(tmp_path)
+    for number in (1, 2, 3):
+        site.ask(site.task(TRAIN, number), initial_weights())
+    site.restart()
+    assert site.ask(site.task(tasks.Kind.FINISH), initial_weights()).finished is not None
+    (path,) = site.settings.work.rglob("checkpoint_final.pth")
+    log = torch.load(path, weights_only=True)["logging"]
+    assert [len(values) for values in log.values()] == [3] * len(log)
+    assert np.isfinite(log["train_losses"]).all()
 
 
 # failures

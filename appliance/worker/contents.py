@@ -232,7 +232,8 @@ def other_files(folder: Path, ending: str) -> tuple[list[Problem], list[Problem]
         elif is_dicom(path):
             series.setdefault(path.parent, []).append(path)
         elif not (ending.startswith(".tif") and path.suffix == ".json"):  # spacing beside a TIFF is nnU-Net's own
-            warnings.append(Problem(Code.STRAY_FILE, name, f"it does not end in {ending}"))
+            detail = "it lies in a folder below" if path.name.endswith(ending) else f"it does not end in {ending}"
+            warnings.append(Problem(Code.STRAY_FILE, name, detail))
     for parent, paths in series.items():
         names = f"{paths[0].name}" if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
         detail = f"{len(paths)} DICOM files ({names})"

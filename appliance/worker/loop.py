@@ -67,10 +67,12 @@ class Status:
             return
         self._written = now
         value = {"pid": os.getpid(), "task": self._task, "phase": text, "since": self._since, "at": time.time()}
-        temporary = files.beside(self._path)
-        with contextlib.suppress(OSError):  # a full disk shows where it matters
+        temporary = self._path.with_name(".status.json.new")
+        try:
             temporary.write_bytes(files.canonical_json(value))
             os.replace(temporary, self._path)
+        except OSError:  # a full disk shows where it matters
+            temporary.unlink(missing_ok=True)
 
 
 class Worker:
@@ -97,7 +99,7 @@ class Worker:
     def run(self) -> int:
         """Work until asked to end; returns the exit status: 0, or 1 when only a new process can go on."""
         self.status.task(None, "waiting")
-        shutil.rmtree(self.outgoing, ignore_errors=True)
+        self._sweep()
         while not self.stop.is_set():
             try:
                 waiting = self.spool.waiting()
@@ -111,6 +113,17 @@ class Worker:
             elif not self.handle(waiting[0]):
                 return 1
         return 0
+
+    def _sweep(self) -> None:
+        """Take away what a killed worker had half written."""
+        shutil.rmtree(self.outgoing, ignore_errors=True)
+        for root in (self.settings.work, self.spool.outbox):
+            for pattern in (".*.writing-*", ".*.retired-*"):
+                for path in list(root.rglob(pattern)):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink(missing_ok=True)
 
     @property
     def outgoing(self) -> Path:
@@ -240,7 +253,7 @@ class Worker:
         from appliance.worker import training
 
         sent = self.spool.task_parcel(task).weights
-        if task.weights is None or sent is None:
+        if task.weights is None:
             raise FednnunetError(Code.WEIGHTS_DAMAGED, f"{task.key} came without weights")
         folder, digest = workspace.globals(fold), task.weights.digest
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,17 +10,22 @@ Rules:
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import Any, Protocol
 
 import nibabel
 import numpy as np
 
 CHUNK = 1 << 22
 GZIP = b"\x1f\x8b"
-HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+HEADERS: dict[int, Any] = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+
+
+class _Stream(Protocol):
+    def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, offset: int, /) -> int: ...
 
 
 class DamagedFile(Exception):
@@ -49,13 +54,13 @@ def count_not_finite(path: Path) -> int:
         compressed = raw.read(2) == GZIP
         raw.seek(0)
         try:
-            with gzip.GzipFile(fileobj=raw) if compressed else io.BufferedReader(io.FileIO(path)) as stream:
+            with gzip.GzipFile(fileobj=raw) if compressed else open(path, "rb") as stream:
                 return _count(stream)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DamagedFile(str(error)) from error
 
 
-def _count(stream: IO[bytes]) -> int:
+def _count(stream: _Stream) -> int:
     start = stream.read(540)
     sizes = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")} & set(HEADERS)
     if not sizes:

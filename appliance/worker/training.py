@@ -27,6 +27,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,19 @@ class RoundLogger(MetaLogger):
 class FederatedTraining:
     """What a federated trainer does otherwise than nnU-Net's; mixed in before nnU-Net's class."""
 
+    log_file: str
+
     def save_checkpoint(self, filename: str) -> None:
         """Nothing: the state between rounds is `after-ROUND`, the model is written by Finish."""
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """Into nnU-Net's log alone: it names cases, and what a container prints may be carried elsewhere.
+
+        A disk that is full is an error at once; nnU-Net tries for seconds, line after line, and goes on.
+        """
+        stamp = [f"{datetime.now().astimezone().isoformat(timespec='milliseconds')}:"] if add_timestamp else []
+        with open(self.log_file, "a", encoding="utf-8") as stream:
+            print(*stamp, *args, file=stream)
 
     def plot_network_architecture(self) -> None:
         """Nothing: it needs a package that is not there."""

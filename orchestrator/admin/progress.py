@@ -203,17 +203,13 @@ class Tail:
     """Reads the lines that are added to a journal by another process."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position = path, 0
-
-    def skip(self) -> None:
-        """Start from the end: what is there already is not read."""
-        self._position = self._path.stat().st_size if self._path.exists() else 0
+        self.path, self._position = path, 0
 
     def lines(self) -> list[dict[str, Any]]:
         """Whole lines added since the last call."""
-        if not self._path.exists():
+        if not self.path.exists():
             return []
-        with open(self._path, "rb") as stream:
+        with open(self.path, "rb") as stream:
             stream.seek(self._position)
             data = stream.read()
         whole = data.rfind(b"\n") + 1

@@ -196,7 +196,7 @@ class Simulation:
                 return
 
     def run(self, study: Study, console: Console) -> StudyView:
-        """Run a study to its end and show it; raises what made it fail.
+        """Start everything, run a study to its end, end everything; raises what made the study fail.
 
         Parameters
         ----------
@@ -205,32 +205,40 @@ class Simulation:
         console : Console
             Where to show progress: a live screen on a terminal, plain lines elsewhere.
         """
-        if set(study.sites) != set(self.sites):
-            raise FednnunetError(
-                Code.SITES_MISMATCH, f"study: {', '.join(study.sites)}; given: {', '.join(self.sites) or 'none'}"
-            )
-        folder = self.study_folder(study)
-        tail = Tail(folder / "journal.jsonl")
-        view = StudyView(study)
-        for line in tail.lines():
-            view.take(line)
+        view, _ = self._so_far(study)
         if view.ended == "done":
-            console.print(f"study {study.name} is done already: {folder}", soft_wrap=True)
+            console.print(f"study {study.name} is done already: {self.study_folder(study)}", soft_wrap=True)
             return view
-        resumed = folder.exists() and view.ended is None
+        with self.running():
+            return self.conduct(study, console)
+
+    def conduct(self, study: Study, console: Console) -> StudyView:
+        """Run a study to its end while everything is `running`; raises what made it fail."""
+        view, tail = self._so_far(study)
+        resumed = tail.path.exists() and view.ended is None
         if resumed:
             console.print(f"study {study.name} goes on after: {view.phase}, round {view.done_rounds}")
+        else:
+            with reaching(f"{LOOPBACK}:{self._control_port}"):
+                self._control().start(study.model_dump_json())
         view.ended, view.seconds = None, []
-        with self.running():
-            if not resumed:
-                with reaching(f"{LOOPBACK}:{self._control_port}"):
-                    self._control().start(study.model_dump_json())
-            self._watch(view, tail, console)
+        self._watch(view, tail, console)
         if view.ended == "failed":
             code = Code.of(view.number)
             found = view.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
             raise FednnunetError(code, f"{found}\n{self._where(study)}", view.advice)
         return view
+
+    def _so_far(self, study: Study) -> tuple[StudyView, Tail]:
+        """What the journal of a study says already, and a tail that reads on from there."""
+        if set(study.sites) != set(self.sites):
+            raise FednnunetError(
+                Code.SITES_MISMATCH, f"study: {', '.join(study.sites)}; given: {', '.join(self.sites) or 'none'}"
+            )
+        tail, view = Tail(self.study_folder(study) / "journal.jsonl"), StudyView(study)
+        for line in tail.lines():
+            view.take(line)
+        return view, tail
 
     def _watch(self, view: StudyView, tail: Tail, console: Console) -> None:
         live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None

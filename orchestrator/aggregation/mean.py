@@ -2,26 +2,36 @@
 
 Rules:
 
-- Sites are taken in the order of their names: the result does not depend on who answered first.
-- Sums are taken in float64 over pieces that fit the cache, and rounded to float32 once.
-- Memory: one piece for each of a few buffers, whatever the number of sites and the size of the network.
+- Sites are taken in the order of their names: the result does not depend on who answered first, nor on the number of
+  threads.
+- Products of `BLOCK` sites are summed in float32 while they are in the cache, the blocks in float64; the mean is
+  rounded to float32 once. The error is at most BLOCK roundings of float32, whatever the number of sites.
+- Memory: a few pieces for each thread, whatever the number of sites and the size of the network.
 - Tensors that are not floating point (counters) take the largest value.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
-from collections.abc import Mapping
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from federation.files import replacing
 from federation.weights import TensorFile, TensorWriter
 
-PIECE = 2**18  # elements: 1 MiB of float32, 2 MiB of float64
+PIECE = 2**16  # elements: 256 KiB of float32; the buffers of a thread stay in its cache
+BLOCK = 8
+THREADS = min(4, os.cpu_count() or 1)
+_SINGLE = np.dtype("<f4")
 
 
 @dataclass(frozen=True)
@@ -50,51 +60,81 @@ def weighted_mean(updates: Mapping[str, Update], base: Path, out: Path) -> str:
         SHA-256 of `out`.
     """
     reference = TensorFile(base)
-    total = math.fsum(update.weight for update in updates.values())
-    sites = [(TensorFile(updates[name].file), updates[name].weight / total) for name in sorted(updates)]
-    streams = [open(file.path, "rb", buffering=0) for file, _ in sites]
+    sites = [_Source(TensorFile(updates[name].file), updates[name].weight) for name in sorted(updates)]
+    whole = math.fsum(float(site.weight) for site in sites)
+    differences = [float(site.weight) for site in sites if site.file.specs != reference.specs]
+    if differences:
+        sites.append(_Source(reference, math.fsum(differences)))
     try:
-        with open(base, "rb", buffering=0) as base_stream, replacing(out) as temporary, open(temporary, "wb") as target:
+        with replacing(out) as temporary, open(temporary, "wb") as target:
             writer = TensorWriter(target, reference.specs)
-            accumulated, scaled = np.empty(PIECE, np.float64), np.empty(PIECE, np.float64)
-            buffer = np.empty(PIECE * 8, np.uint8)
-            for name in reference.names:
-                spec = reference.spec(name)
-                count = math.prod(spec.shape)
-                if not np.issubdtype(spec.dtype, np.floating):
-                    writer.write(np.maximum.reduce([file.read(name) for file, _ in sites]))
-                    continue
-                for start in range(0, count, PIECE):
-                    size = min(PIECE, count - start)
-                    into, part = accumulated[:size], scaled[:size]
-                    into.fill(0.0)
-                    share_of_base = 0.0
-                    for (file, share), stream in zip(sites, streams, strict=True):
-                        dtype = file.spec(name).dtype
-                        if dtype != spec.dtype:
-                            share_of_base += share
-                        np.multiply(_piece(stream, file, name, dtype, start, size, buffer), share, out=part)
-                        np.add(into, part, out=into)
-                    if share_of_base:
-                        np.multiply(
-                            _piece(base_stream, reference, name, spec.dtype, start, size, buffer), share_of_base, out=part
-                        )
-                        np.add(into, part, out=into)
-                    writer.write(into.astype(spec.dtype))
+            with concurrent.futures.ThreadPoolExecutor(THREADS, "mean") as pool:
+                waiting: deque[concurrent.futures.Future[npt.NDArray[Any]]] = deque()
+                for name, start, size in _pieces(reference):
+                    if len(waiting) > 2 * THREADS:
+                        writer.write(waiting.popleft().result())
+                    if np.issubdtype(reference.spec(name).dtype, np.floating):
+                        waiting.append(pool.submit(_mean_of_piece, sites, whole, name, start, size))
+                    else:
+                        waiting.append(pool.submit(_largest, sites, name, start, size))
+                while waiting:
+                    writer.write(waiting.popleft().result())
             digest = writer.finish()
             target.flush()
     finally:
-        for stream in streams:
-            stream.close()
+        for site in sites:
+            site.close()
     return digest
 
 
-def _piece(
-    stream: Any, file: TensorFile, name: str, dtype: np.dtype[Any], start: int, size: int, buffer: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
-    """`size` elements of a tensor from element `start` on, in a buffer that is used again."""
-    view = memoryview(buffer)[: size * dtype.itemsize]
-    stream.seek(file.offset(name) + start * dtype.itemsize)
-    if stream.readinto(view) != len(view):
-        raise OSError(f"{file.path} became shorter while it was read")
-    return np.frombuffer(view, dtype)
+def _pieces(reference: TensorFile) -> Iterator[tuple[str, int, int]]:
+    """Name, first element and number of elements of every piece, in the order of the file."""
+    for name in reference.names:
+        count = math.prod(reference.spec(name).shape)
+        for start in range(0, count, PIECE):
+            yield name, start, min(PIECE, count - start)
+
+
+class _Source:
+    """An open file and how much it counts: a float32, so that products and the sum of weights belong together."""
+
+    def __init__(self, file: TensorFile, weight: float) -> None:
+        self.file, self.weight = file, _SINGLE.type(weight)
+        self._descriptor = os.open(file.path, os.O_RDONLY)
+
+    def read(self, name: str, start: int, size: int, buffer: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`size` elements of a tensor from element `start` on, in a buffer that is used again."""
+        dtype = self.file.spec(name).dtype
+        view = memoryview(buffer.view(np.uint8))[: size * dtype.itemsize]
+        if os.preadv(self._descriptor, [view], self.file.offset(name) + start * dtype.itemsize) != len(view):
+            raise OSError(f"{self.file.path} became shorter while it was read")
+        return np.frombuffer(view, dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+_buffers = threading.local()
+
+
+def _mean_of_piece(sites: list[_Source], whole: float, name: str, start: int, size: int) -> npt.NDArray[Any]:
+    if not hasattr(_buffers, "raw"):
+        _buffers.raw = np.empty(PIECE, np.float64)
+        _buffers.product, _buffers.block = np.empty(PIECE, _SINGLE), np.empty(PIECE, _SINGLE)
+        _buffers.total = np.empty(PIECE, np.float64)
+    product, block, total = _buffers.product[:size], _buffers.block[:size], _buffers.total[:size]
+    total.fill(0.0)
+    for first in range(0, len(sites), BLOCK):
+        block.fill(0.0)
+        for site in sites[first : first + BLOCK]:
+            np.multiply(site.read(name, start, size, _buffers.raw), site.weight, out=product)
+            np.add(block, product, out=block)
+        np.add(total, block, out=total)
+    np.divide(total, whole, out=total)
+    return total.astype(_SINGLE)
+
+
+def _largest(sites: list[_Source], name: str, start: int, size: int) -> npt.NDArray[Any]:
+    buffer = np.empty(size, np.float64)
+    return np.maximum.reduce([site.read(name, start, size, buffer).copy() for site in sites])

@@ -1,0 +1,169 @@
+"""kill -9 in the middle of a round: the study ends, and its weights are those of an undisturbed study, bit for bit.
+
+One federation of two phantom hospitals runs for the whole module; each test submits a study of its own and kills one
+process while round 2 is being trained. Training is seeded and has one thread, so the final digests can be compared.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+
+from federation.audit import read
+from federation.study import Study, parse
+from orchestrator.admin.simulate import Simulation, SiteOptions
+
+SITES = ("hospital_a", "hospital_b")
+
+
+def study(name: str, **changes: Any) -> Study:
+    """A small study; its name makes it another study, with the same seeds."""
+    return parse(
+        {
+            "name": name,
+            "dataset": "Dataset300_PhantomFederation",
+            "sites": list(SITES),
+            "channel_names": {"0": "synthetic"},
+            "labels": {"background": 0, "organ": 1, "lesion": 2},
+            "planner": "SmallUNetPlanner",
+            "fold": "all",
+            "rounds": 3,
+            "iterations_per_epoch": 15,
+            "validation_iterations_per_epoch": 1,
+            "round_deadline": 300,
+            **changes,
+        }
+    )
+
+
+@dataclass
+class Federation:
+    """A running federation, and what its journals say."""
+
+    simulation: Simulation
+
+    def journal(self, study: Study) -> list[dict[str, Any]]:
+        path = self.simulation.study_folder(study) / "journal.jsonl"
+        return read(path) if path.exists() else []
+
+    def digest(self, study: Study) -> str:
+        """Digest of the last global weights."""
+        lines = [line for line in self.journal(study) if line["event"] == "weights"]
+        assert lines[-1]["round"] == study.rounds
+        return str(lines[-1]["digest"])
+
+    def asked(self, study: Study, key: str, site: str) -> int:
+        """How often a site was asked for a task."""
+        return sum(line.get("key") == key and line.get("site") == site for line in self.journal(study) if line["event"] == "asked")
+
+    def process(self, command: str, site: str = "") -> psutil.Process:
+        """The one process of this federation with this in its command line; forked children do not count."""
+        found = {}
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if f"-m {command} " in line and str(self.simulation.state) in line and site in line:
+                found[process.pid] = process
+        tops = [process for process in found.values() if process.ppid() not in found]
+        assert len(tops) == 1, f"{command} {site}: {tops}"
+        return tops[0]
+
+    def run(self, study: Study) -> None:
+        self.simulation.conduct(study, Console(file=io.StringIO()))
+
+    def run_and_disturb(self, study: Study, disturb: Callable[[], None]) -> None:
+        """Run a study; once both sites train round 2, disturb it."""
+        key = "train-fold_all-0002"
+        failure: list[BaseException] = []
+
+        def wait_and_disturb() -> None:
+            try:
+                end = time.monotonic() + 120
+                while not all(self.asked(study, key, site) for site in SITES):
+                    assert time.monotonic() < end, "round 2 never began"
+                    time.sleep(0.02)
+                time.sleep(0.6)  # into the middle of the round
+                assert not any(
+                    line["event"] == "closed" and line["round"] == 2 for line in self.journal(study)
+                ), "the round was over before it could be disturbed"
+                disturb()
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=wait_and_disturb)
+        thread.start()
+        self.run(study)
+        thread.join()
+        if failure:
+            raise failure[0]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str, Path]) -> Iterator[Federation]:
+    sites = {name: tiny_phantom_sites[name] for name in SITES}
+    options = SiteOptions(threads=1)
+    simulation = Simulation(tmp_path_factory.mktemp("faults"), sites, options)
+    with simulation.running():
+        yield Federation(simulation)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(federation: Federation) -> str:
+    """Digest of the final weights of a study that nothing happens to."""
+    calm = study("undisturbed")
+    federation.run(calm)
+    return federation.digest(calm)
+
+
+def test_two_undisturbed_studies_end_in_the_same_bytes(federation: Federation, undisturbed: str) -> None:
+    again = study("again")
+    federation.run(again)
+    assert federation.digest(again) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("victim", "command", "site"),
+    [
+        ("coordinator", "orchestrator coordinator", ""),
+        ("superlink", "orchestrator superlink", ""),
+        ("link", "appliance.link link", "hospital_a"),
+        ("worker", "appliance.worker", "hospital_a"),
+        ("supernode", "appliance.link supernode", "hospital_a"),
+    ],
+)
+def test_kill_9_in_the_middle_of_a_round_ends_in_the_same_bytes(
+    federation: Federation, undisturbed: str, victim: str, command: str, site: str
+) -> None:
+    disturbed = study(f"kill_{victim}")
+    killed: list[int] = []
+
+    def kill() -> None:
+        process = federation.process(command, site)
+        killed.append(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+
+    federation.run_and_disturb(disturbed, kill)
+    assert killed
+    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    assert federation.process(command, site).pid != killed[0], "it was started again"
+    assert federation.digest(disturbed) == undisturbed
+    closed = [line for line in federation.journal(disturbed) if line["event"] == "closed"]
+    assert [line["participants"] for line in closed] == [list(SITES)] * 3, "nobody was left out"
+
+
+def test_kill_9_of_a_data_holding_worker_leaves_no_loader_behind(federation: Federation) -> None:
+    worker = federation.process("appliance.worker", "hospital_b")
+    children = worker.children(recursive=True)
+    worker.kill()
+    psutil.wait_procs([worker, *children], timeout=10)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
