@@ -43,7 +43,12 @@ def init(
     from appliance import identity
 
     public = identity.create(
-        config.resolve(), name=name, orchestrator=orchestrator, data=data.resolve(), state=state.resolve(), device=device
+        config.resolve(),
+        name=name,
+        orchestrator=orchestrator,
+        data=data.resolve(),
+        state=state.resolve(),
+        device=device,
     )
     typer.echo(f"wrote {config / 'site.toml'}")
     typer.echo(f"send {public} to the coordinator, and put the ca.crt you get back into {config}")

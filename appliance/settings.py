@@ -44,7 +44,9 @@ class Settings(BaseModel):
     preprocessing_processes: int = Field(4, ge=1, description="Processes for preprocessing and export (-np).")
     fingerprint_processes: int = Field(4, ge=1, description="Processes for reading the dataset (-npfp).")
     augmentation_processes: int | None = Field(
-        None, ge=0, description="Processes that load and augment patches; 0: none but the worker; empty: nnU-Net's choice."
+        None,
+        ge=0,
+        description="Processes that load and augment patches; 0: none but the worker; empty: nnU-Net's choice.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the worker; empty: torch's choice.")
     compile: bool = Field(True, description="torch.compile on a GPU (nnU-Net's nnUNet_compile).")

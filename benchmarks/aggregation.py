@@ -126,7 +126,9 @@ def main() -> None:
             ).stdout
             rows.append(json.loads(output))
     parameters = sum(spec.nbytes for spec in specs.values()) // 4
-    table = Table(title=f"aggregation of the default network ({parameters / 1e6:.1f} M parameters, {model / 1e6:.1f} MB)")
+    table = Table(
+        title=f"aggregation of the default network ({parameters / 1e6:.1f} M parameters, {model / 1e6:.1f} MB)"
+    )
     for column in ("updates", "idle MB", "above idle MB", "in models", "s", "floor s (read all, write one)", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:

@@ -192,6 +192,7 @@ def child_ours(sites: list[Path], folder: Path) -> dict[str, Any]:
         channel_names=content["channel_names"],
         labels=content["labels"],
         accept_float_labels=True,
+        fold="all",
     )
     found = [examine(site, study, 1).fingerprint(1) for site in sites]
     sizes = [len(fingerprint.model_dump_json()) for fingerprint in found]

@@ -69,16 +69,32 @@ class Code(Enum):
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
     DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
     CHANNELS_DIFFER = (203, "The channels differ from the study's", "Agree on channel_names with the coordinator.")
-    LABELS_DIFFER = (204, "The labels differ from the study's", "Agree on labels (names and numbers) with the coordinator.")
-    FILE_ENDING_DIFFERS = (205, "The file ending differs from the study's", "Convert the images, or agree on one ending.")
-    CASE_COUNT_DIFFERS = (206, "numTraining is not the number of cases found", "Correct numTraining, or add the missing files.")
+    LABELS_DIFFER = (
+        204,
+        "The labels differ from the study's",
+        "Agree on labels (names and numbers) with the coordinator.",
+    )
+    FILE_ENDING_DIFFERS = (
+        205,
+        "The file ending differs from the study's",
+        "Convert the images, or agree on one ending.",
+    )
+    CASE_COUNT_DIFFERS = (
+        206,
+        "numTraining is not the number of cases found",
+        "Correct numTraining, or add the missing files.",
+    )
     IMAGE_WITHOUT_LABEL = (207, "An image has no label", "Add the label to labelsTr or take the image out of imagesTr.")
     LABEL_WITHOUT_IMAGE = (208, "A label has no image", "Add the image to imagesTr or take the label out of labelsTr.")
     CHANNEL_MISSING = (209, "A case lacks a channel", "Every case needs one file for each channel (_0000, _0001, ...).")
     FILE_UNREADABLE = (210, "A file cannot be read as an image", "Copy the file again from its source.")
     LFS_POINTER = (211, "A file is a Git LFS pointer, not an image", "Run `git lfs pull` where the data came from.")
     SHAPES_DIFFER = (212, "Image and label differ in shape", "Use the label that was drawn on this image.")
-    SPACINGS_DIFFER = (213, "Image and label differ in spacing", "Resample the label to its image, or correct the header.")
+    SPACINGS_DIFFER = (
+        213,
+        "Image and label differ in spacing",
+        "Resample the label to its image, or correct the header.",
+    )
     LABEL_VALUES = (214, "A label holds values that the study does not know", "Map the values to the study's labels.")
     LABEL_INTERPOLATED = (
         215,
@@ -90,7 +106,11 @@ class Code(Enum):
         "A label is stored as floating point",
         "Store it as integers, or set `accept_float_labels: true` in the study.",
     )
-    IMAGE_NOT_FINITE = (217, "An image holds NaN or infinite values", "Export the image again, or replace these voxels.")
+    IMAGE_NOT_FINITE = (
+        217,
+        "An image holds NaN or infinite values",
+        "Export the image again, or replace these voxels.",
+    )
     DUPLICATE_IMAGE = (218, "Two cases hold the same image", "Remove one of them.")
     DICOM_FOUND = (219, "DICOM files where the study expects images", "Convert each series to one file first.")
     DICOM_SLICE_MISSING = (220, "A DICOM series lacks slices", "Fetch the series again before you convert it.")
@@ -110,7 +130,11 @@ class Code(Enum):
 
     # 3xx: planning and preparation
     PLANNING_FAILED = (301, "nnU-Net could not make a plan", "See the reason above; change the planner or its options.")
-    PLANS_HASH = (302, "The plans are not those that the orchestrator signed for", "Ask the coordinator to start again.")
+    PLANS_HASH = (
+        302,
+        "The plans are not those that the orchestrator signed for",
+        "Ask the coordinator to start again.",
+    )
     CONFIGURATION_MISSING = (
         303,
         "The plans hold no such configuration",
@@ -127,11 +151,19 @@ class Code(Enum):
         "The device ran out of memory",
         "Free the GPU, or plan with a smaller -gpu_memory_target.",
     )
-    TRAINER_UNKNOWN = (403, "This trainer cannot be used", "Use nnUNetTrainer or one of its variants shipped with nnU-Net.")
+    TRAINER_UNKNOWN = (
+        403,
+        "This trainer cannot be used",
+        "Use nnUNetTrainer or one of its variants shipped with nnU-Net.",
+    )
     WEIGHTS_DO_NOT_FIT = (404, "The weights do not fit the network", "All sites must run the same version and plans.")
     TASK_FAILED = (405, "A task failed at a site", "The traceback is in the site's log.")
     VALIDATION_FAILED = (406, "Validation failed at a site", "The traceback is in the site's log.")
-    LOSS_NOT_FINITE = (407, "The loss became NaN or infinite", "Look for broken images; try a trainer with a smaller rate.")
+    LOSS_NOT_FINITE = (
+        407,
+        "The loss became NaN or infinite",
+        "Look for broken images; try a trainer with a smaller rate.",
+    )
     BASE_MISSING = (408, "The site lacks the weights that a difference refers to", "Nothing: they are sent in full.")
     CANCELLED = (409, "The task was cancelled", "Nothing, if the study was stopped on purpose.")
 
@@ -153,10 +185,22 @@ class Code(Enum):
     RESULT_REFUSED = (507, "A site's answer was refused", "See the reason above; check the site's version.")
 
     # 6xx: the link and the network
-    BUNDLE_REFUSED = (601, "The app bundle is not the one this version ships with", "Install the same version everywhere.")
-    TASK_REFUSED = (602, "The task does not belong to this site", "Check the site names in the orchestrator's registry.")
+    BUNDLE_REFUSED = (
+        601,
+        "The app bundle is not the one this version ships with",
+        "Install the same version everywhere.",
+    )
+    TASK_REFUSED = (
+        602,
+        "The task does not belong to this site",
+        "Check the site names in the orchestrator's registry.",
+    )
     WEIGHTS_DAMAGED = (603, "Weights arrived damaged", "Nothing: they are asked for again.")
-    ORCHESTRATOR_UNREACHABLE = (604, "The orchestrator does not answer", "Check its address, its certificate and the firewall.")
+    ORCHESTRATOR_UNREACHABLE = (
+        604,
+        "The orchestrator does not answer",
+        "Check its address, its certificate and the firewall.",
+    )
     ENVELOPE_INVALID = (605, "A message cannot be understood", "Install the same version everywhere.")
 
     # 7xx: the machine
@@ -165,7 +209,11 @@ class Code(Enum):
     PROCESS_DIED = (703, "A process ended again and again", "Its log, named above, says why.")
     EXTRA_MISSING = (704, "A part of the installation is missing", "Install the extra named above with pip.")
     ALREADY_RUNNING = (705, "Another process uses this state folder", "Wait for it, stop it, or use another --state.")
-    DEVICE_MISSING = (706, "The device is not there", "Use -device cpu, or check the driver and the container's GPU flags.")
+    DEVICE_MISSING = (
+        706,
+        "The device is not there",
+        "Use -device cpu, or check the driver and the container's GPU flags.",
+    )
     WORKER_NETWORK = (707, "The worker tried to use the network", "Report this: the worker has no business there.")
 
     @property

@@ -278,13 +278,14 @@ def apply_difference(base: Path, difference: Path, out: Path) -> str:
     if difference_file.specs != difference_specs(base_file.specs):
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{difference} is no difference to {base}")
 
-    def restored(name: str) -> Tensor:
+    def weights_of(name: str) -> Tensor:
         value = difference_file.read(name)
         if base_file.spec(name).dtype != np.dtype("<f4"):
             return value
-        return base_file.read(name) + value.astype("<f4")
+        restored: Tensor = base_file.read(name) + value.astype("<f4")
+        return restored
 
-    return write_tensors(out, base_file.specs, restored)
+    return write_tensors(out, base_file.specs, weights_of)
 
 
 def describe_full(path: Path, digest: str | None = None) -> Weights:

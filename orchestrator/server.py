@@ -101,6 +101,4 @@ def coordinator(server: Server) -> None:
     from orchestrator import coordinator as process
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    process.main(
-        process.CoordinatorSettings(server.state, f"{server.control_host}:{server.control_port}", server.poll)
-    )
+    process.main(process.CoordinatorSettings(server.state, f"{server.control_host}:{server.control_port}", server.poll))

@@ -64,7 +64,9 @@ def test_the_mean_of_half_differences_is_the_base_plus_their_mean(tmp_path: Path
         updates[f"s{number}"] = Update(tmp_path / f"d{number}", float(number))
     weighted_mean(updates, tmp_path / "base", tmp_path / "out")
     for name in SHAPES:
-        expected = np.average([model(number)[name].astype(np.float64) for number in (1, 2, 3)], axis=0, weights=(1, 2, 3))
+        expected = np.average(
+            [model(number)[name].astype(np.float64) for number in (1, 2, 3)], axis=0, weights=(1, 2, 3)
+        )
         np.testing.assert_allclose(TensorFile(tmp_path / "out").read(name), expected, rtol=0, atol=4e-3)
 
 
@@ -140,7 +142,7 @@ NAN = np.full((5,), np.nan, np.float32)
         (perturbed(**{"conv.bias": np.full((5,), 3e38, np.float32)}), {}, "distance"),
         (perturbed(**{"conv.bias": np.zeros((6,), np.float32)}), {}, "shape"),
         (perturbed(**{"conv.bias": np.zeros((5,), np.float64)}), {}, "type"),
-        (perturbed(**{"extra": np.zeros((5,), np.float32)}), {}, "unknown"),
+        (perturbed(extra=np.zeros((5,), np.float32)), {}, "unknown"),
         ({"conv.bias": model(0)["conv.bias"]}, {}, "missing"),
         (perturbed(), {"cases": 13}, "declared"),
         (perturbed(), {"cases": 10**12}, "declared"),

@@ -65,7 +65,11 @@ class Federation:
 
     def asked(self, study: Study, key: str, site: str) -> int:
         """How often a site was asked for a task."""
-        return sum(line.get("key") == key and line.get("site") == site for line in self.journal(study) if line["event"] == "asked")
+        return sum(
+            line.get("key") == key and line.get("site") == site
+            for line in self.journal(study)
+            if line["event"] == "asked"
+        )
 
     def process(self, command: str, site: str = "") -> psutil.Process:
         """The one process of this federation with this in its command line; forked children do not count."""
@@ -93,11 +97,11 @@ class Federation:
                     assert time.monotonic() < end, "round 2 never began"
                     time.sleep(0.02)
                 time.sleep(0.6)  # into the middle of the round
-                assert not any(
-                    line["event"] == "closed" and line["round"] == 2 for line in self.journal(study)
-                ), "the round was over before it could be disturbed"
+                assert not any(line["event"] == "closed" and line["round"] == 2 for line in self.journal(study)), (
+                    "the round was over before it could be disturbed"
+                )
                 disturb()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
                 failure.append(error)
 
         thread = threading.Thread(target=wait_and_disturb)

@@ -246,6 +246,18 @@ def test_scores_of_sites_are_pooled_as_if_their_cases_lay_together() -> None:
     assert (pooled.minimum, pooled.cases) == (0.1, 4)
 
 
+def test_the_pooled_summary_has_nnunets_keys_for_labels_and_regions() -> None:
+    score = tasks.LabelScore(mean=0.5, std=0.0, minimum=0.5, cases=2)
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    study = make_study(labels=labels, regions_class_order=[1, 2])
+    report = tasks.Validation(test={"whole": score, "core": score}, test_cases=2, seconds=1.0)
+    pooled = model.summary(study, [report, report])
+    assert set(pooled["mean"]) == {"(1, 2)", "(2,)"}
+    assert pooled["mean"]["(1, 2)"]["cases"] == 4
+    assert pooled["cases_of"] == "test"
+    assert pooled["metric_per_case"] == []
+
+
 def test_the_coordinator_needs_no_torch_for_models() -> None:
     code = "import sys, orchestrator.model; sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0

@@ -1,4 +1,4 @@
-"""`python -m appliance.link supernode|link --runtime-port PORT [--config FILE]`: the two processes that face the network."""
+"""`python -m appliance.link supernode|link --runtime-port PORT`: the two processes that face the network."""
 
 from __future__ import annotations
 

@@ -89,8 +89,7 @@ def supernode_retry() -> RetryInvoker:
 
 def load_secret(path: Path) -> bytes:
     """The secret between a SuperLink or SuperNode and its runner."""
-    secret: bytes = load_superexec_auth_secret(secret_file=str(path))
-    return secret
+    return load_superexec_auth_secret(secret_file=str(path)) or b""
 
 
 def runtime_client(
@@ -106,7 +105,7 @@ def runtime_client(
     auth = (
         RuntimeTokenHttpInterceptor(token)
         if token
-        else SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
+        else SuperExecAuthHttpInterceptor(master_secret=secret or b"", protected_methods=_ACQUIRE)
     )
     return RuntimeHttpClient.from_server_address(
         address,
@@ -153,7 +152,7 @@ class Heartbeat(threading.Thread):
 
 def fleet_client(address: str, ca: bytes, key: Path, max_time: float | None = None) -> Any:
     """Client of the Fleet API, signed with a site's key."""
-    private = load_ssh_private_key(key.read_bytes(), None)
+    private: Any = load_ssh_private_key(key.read_bytes(), None)
     return FleetHttpClient.from_server_address(
         address,
         False,
@@ -209,7 +208,8 @@ class Control:
 
     def register(self, public_key: bytes, name: str) -> int:
         """Register a site's public key (OpenSSH line) under its name; returns Flower's node id."""
-        key = public_key_to_bytes(load_ssh_public_key(public_key))
+        loaded: Any = load_ssh_public_key(public_key)
+        key = public_key_to_bytes(loaded)
         return int(self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id)
 
     def unregister(self, node_id: int) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 
 import flwr.supercore.corestate.sql_corestate as corestate
 import uvicorn
-from flwr.superlink.main import create_app
 from flwr.supercore.logger import update_console_handler
+from flwr.superlink.main import create_app
 
 _cli = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
@@ -104,7 +104,8 @@ def serve(files: SuperLinkFiles, fleet: Listener, control: Listener, task_lease:
         Seconds without a heartbeat after which a coordinator counts as gone (Flower's own: 60; an outage of the
         SuperLink itself must not kill the run).
     """
-    corestate.HEARTBEAT_PATIENCE = task_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
+    lease: Any = corestate  # the module's constants are integers by type, any number by use
+    lease.HEARTBEAT_PATIENCE = task_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
     sys.argv = [
         "flower-superlink",
         *("--ssl-ca-certfile", str(files.ca), "--ssl-certfile", str(files.certificate)),

@@ -65,16 +65,17 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
     link_lease : float
         Seconds without a heartbeat after which the link counts as gone (it beats every 5 s; Flower's own: 60).
     """
-    corestate.HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
-    fleet_connection.make_simple_http_retry_invoker = clients.supernode_retry
-    loop.time = _Clock(poll)
+    flower: dict[str, Any] = {"leases": corestate, "retry": fleet_connection, "loop": loop, "cli": _cli}
+    flower["leases"].HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
+    flower["retry"].make_simple_http_retry_invoker = clients.supernode_retry
+    flower["loop"].time = _Clock(poll)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
-        function.__kwdefaults__.update(initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)
+        (function.__kwdefaults__ or {}).update(initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)
     if files.node_id.exists():
         with contextlib.suppress(clients.HTTPError, ValueError):
             fleet = clients.fleet_client(address, files.ca.read_bytes(), files.key, max_time=5.0)
             clients.deactivate(fleet, int(files.node_id.read_text()))
-    start = _cli.start_client_internal
+    start = flower["cli"].start_client_internal
 
     def remembering(*, state_factory: Any, **arguments: Any) -> None:
         state = state_factory.state()
@@ -87,7 +88,7 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
         state.set_node_id = remember
         start(state_factory=state_factory, **arguments)
 
-    _cli.start_client_internal = remembering
+    flower["cli"].start_client_internal = remembering
     sys.argv = [
         "flower-supernode",
         *("--superlink", address, "--root-certificates", str(files.ca)),

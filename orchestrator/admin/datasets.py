@@ -36,7 +36,9 @@ def find(ids: str, environment: Mapping[str, str] = os.environ) -> Datasets:
     """
     raw = environment.get("nnUNet_raw")
     if not raw:
-        raise FednnunetError(Code.DATASET_ID_UNKNOWN, "nnUNet_raw is not set", "Set nnUNet_raw, as nnU-Net's set-up says.")
+        raise FednnunetError(
+            Code.DATASET_ID_UNKNOWN, "nnUNet_raw is not set", "Set nnUNet_raw, as nnU-Net's set-up says."
+        )
     sites: dict[str, Path] = {}
     found: dict[str, dict[str, Any]] = {}
     for part in ids.replace(",", " ").split():
@@ -46,7 +48,8 @@ def find(ids: str, environment: Mapping[str, str] = os.environ) -> Datasets:
         if len(matches) != 1:
             here = ", ".join(sorted(path.name for path in Path(raw).glob("Dataset*"))) or "no dataset"
             raise FednnunetError(
-                Code.DATASET_ID_UNKNOWN, f"{part}: {len(matches)} folders Dataset{int(part):03d}_* in {raw}, which has {here}"
+                Code.DATASET_ID_UNKNOWN,
+                f"{part}: {len(matches)} folders Dataset{int(part):03d}_* in {raw}, which has {here}",
             )
         name = f"site_{int(part):03d}"
         if name in sites:
@@ -74,6 +77,7 @@ def find(ids: str, environment: Mapping[str, str] = os.environ) -> Datasets:
     for name, dataset in found.items():
         if "channel_names" not in dataset or "labels" not in dataset or "file_ending" not in dataset:
             raise FednnunetError(
-                Code.DATASET_JSON_INVALID, f"{sites[name] / 'dataset.json'}: channel_names, labels or file_ending missing"
+                Code.DATASET_JSON_INVALID,
+                f"{sites[name] / 'dataset.json'}: channel_names, labels or file_ending missing",
             )
     return Datasets(sites, {**contract, "dataset": sites[first].name, "sites": list(sites)})

@@ -5,6 +5,7 @@ Everything shown is read from the journal's lines; nothing is asked of a site fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from federation.errors import Code, FednnunetError
 from federation.study import Study
 from federation.tasks import Validation
 
@@ -138,6 +141,13 @@ class StudyView:
         """Rounds of the whole study."""
         return self.study.rounds * len(self.study.folds)
 
+    def raise_failure(self, where: str) -> None:
+        """Raise what made the study fail, if it has failed; `where` says where to look further."""
+        if self.ended == "failed":
+            code = Code.of(self.number)
+            found = self.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
+            raise FednnunetError(code, f"{found}\n{where}", self.advice)
+
     def remaining(self) -> float | None:
         """Seconds of training to go, from the mean of the last rounds."""
         if not self.seconds:
@@ -215,6 +225,39 @@ class Tail:
         whole = data.rfind(b"\n") + 1
         self._position += whole
         return [json.loads(line) for line in data[:whole].splitlines()]
+
+
+def watch(
+    view: StudyView,
+    tail: Tail,
+    console: Console,
+    look: Callable[[], None] = lambda: None,
+    doing: Callable[[str], str] = lambda site: "",
+) -> None:
+    """Show a study until it has ended: a live screen on a terminal, plain lines elsewhere.
+
+    Parameters
+    ----------
+    view, tail : StudyView, Tail
+        What is known so far, and where more comes from.
+    console : Console
+        Where to show it.
+    look : callable
+        Called about five times a second; may raise to end the watch.
+    doing : callable
+        What a site's worker says it is doing, where this machine can know it.
+    """
+    live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+    with live or contextlib.nullcontext():
+        while view.ended is None:
+            look()
+            for line in tail.lines():
+                text = view.take(line)
+                if text and live is None:
+                    console.print(text, soft_wrap=True, highlight=False)
+            if live is not None:
+                live.update(view.screen(doing))
+            time.sleep(0.2)
 
 
 def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> Table:

@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
 from federation import files
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, free_port
 from federation.study import SITE_NAME, Study
-from orchestrator.admin.progress import StudyView, Tail, print_end
+from orchestrator.admin.progress import StudyView, Tail, print_end, watch
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 
@@ -47,7 +46,10 @@ START_TIMEOUT = 120.0
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """What every simulated site gets in its site.toml; None: the appliance's own default."""
+    """What every simulated site gets in its site.toml; None: the appliance's own default.
+
+    `role` is that of `appliance start`: with "link" somebody else does the worker's part (a benchmark's light site).
+    """
 
     device: str = "cpu"
     preprocessing_processes: int | None = 1
@@ -55,6 +57,7 @@ class SiteOptions:
     augmentation_processes: int | None = 0
     threads: int | None = None
     poll: float = 0.2
+    role: str = "all"
 
     @classmethod
     def for_device(cls, device: str, sites: int, np: int | None = None, npfp: int | None = None) -> SiteOptions:
@@ -159,7 +162,7 @@ class Simulation:
             name,
             [
                 *(sys.executable, "-m", "appliance.cli", "start", "--config", str(config / "site.toml")),
-                "--end-with-parent",
+                *("--role", self.options.role, "--end-with-parent"),
             ],
             state / "logs" / "appliance.log",
             environment,
@@ -223,10 +226,7 @@ class Simulation:
                 self._control().start(study.model_dump_json())
         view.ended, view.seconds = None, []
         self._watch(view, tail, console)
-        if view.ended == "failed":
-            code = Code.of(view.number)
-            found = view.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
-            raise FednnunetError(code, f"{found}\n{self._where(study)}", view.advice)
+        view.raise_failure(self._where(study))
         return view
 
     def _so_far(self, study: Study) -> tuple[StudyView, Tail]:
@@ -241,18 +241,8 @@ class Simulation:
         return view, tail
 
     def _watch(self, view: StudyView, tail: Tail, console: Console) -> None:
-        live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         assert self.supervisor is not None
-        with live or contextlib.nullcontext():
-            while view.ended is None:
-                self.supervisor.look()
-                for line in tail.lines():
-                    text = view.take(line)
-                    if text and live is None:
-                        console.print(text, soft_wrap=True, highlight=False)
-                if live is not None:
-                    live.update(view.screen(self._doing))
-                time.sleep(0.2)
+        watch(view, tail, console, self.supervisor.look, self._doing)
 
     def _doing(self, site: str) -> str:
         try:
@@ -283,10 +273,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def simulate(
-    study: Study, state: Path, sites: Mapping[str, Path], options: SiteOptions, console: Console
-) -> tuple[StudyView, Path]:
-    """Run a study on this machine; returns how it ended and the study's folder.
+def simulate(study: Study, state: Path, sites: Mapping[str, Path], options: SiteOptions, console: Console) -> Path:
+    """Run a study on this machine and show it; returns the study's folder at the orchestrator.
 
     SIGTERM is treated as Ctrl-C: every process is ended.
     """
@@ -306,4 +294,4 @@ def simulate(
     finally:
         signal.signal(signal.SIGTERM, before)
     print_end(console, view, simulation.study_folder(study))
-    return view, simulation.study_folder(study)
+    return simulation.study_folder(study)

@@ -69,12 +69,15 @@ def _state(state: Path | None, ids: str) -> Path:
     return state or Path("fednnunet-state") / "_".join(ids.replace(",", " ").split())
 
 
-def _go(study: dict[str, Any], where: str, datasets: Datasets, state: Path, device: str, np: int | None, npfp: int | None):  # type: ignore[no-untyped-def]
+def _go(
+    study: dict[str, Any], datasets: Datasets, state: Path, device: str, np: int | None = None, npfp: int | None = None
+) -> Path:
+    """Run a study over datasets; returns its folder at the orchestrator."""
     from federation.study import parse
     from orchestrator.admin.simulate import SiteOptions, simulate
 
     options = SiteOptions.for_device(device, len(datasets.sites), np, npfp)
-    return simulate(parse(study, where), state, datasets.sites, options, _console())
+    return simulate(parse(study, "options"), state, datasets.sites, options, _console())
 
 
 @app.command("extract_fingerprint")
@@ -107,7 +110,7 @@ def extract_fingerprint(
         "fingerprint_min_cases": fingerprint_min_cases,
         "accept_float_labels": accept_float_labels,
     }
-    view, folder = _go(study, "options", datasets, _state(state, ids), device, None, npfp)
+    folder = _go(study, datasets, _state(state, ids), device, None, npfp)
     _print_fingerprint(folder)
 
 
@@ -192,7 +195,7 @@ def plan_and_preprocess(
         "appear_deadline": appear_deadline,
     }
     where = _state(state, ids)
-    view, folder = _go(study, "options", datasets, where, device, np, npfp)
+    folder = _go(study, datasets, where, device, np, npfp)
     plans = files.read_json(folder / "plan.json")["plans"]
     files.write_json(where / "planned" / f"{plans['plans_name']}.json", planning)
     _print_plan(plans, configuration, folder)
@@ -287,7 +290,7 @@ def train(
         study["pretrained_weights"] = _take_pretrained(pretrained_weights, where / "orchestrator" / "pretrained")
     if c and not (where / "orchestrator" / "studies" / parse(study, "options").id).exists():
         raise FednnunetError(Code.NOTHING_TO_CONTINUE, f"--c, in {where}")
-    _go(study, "options", datasets, where, device, np, npfp)
+    _go(study, datasets, where, device, np, npfp)
 
 
 def _take_pretrained(checkpoint: Path, folder: Path) -> str:

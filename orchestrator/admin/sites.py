@@ -22,9 +22,7 @@ def _several() -> None:
 @federation.command()
 def init(
     state: Annotated[Path, typer.Argument(help="The orchestrator's state folder; it is made.")],
-    name: Annotated[
-        list[str], typer.Option(help="A name or address that hospitals dial; give it again for several.")
-    ],
+    name: Annotated[list[str], typer.Option(help="A name or address that hospitals dial; give it again for several.")],
 ) -> None:
     """Make the authority: CA, server certificate, control token, runner's secret. Private files get mode 0600."""
     from orchestrator.enrollment.authority import create

@@ -1,4 +1,4 @@
-"""`fednnunet study`: check a study file before any site is asked."""
+"""`fednnunet study`: check a study file before any site is asked, submit it, see it through."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="Write and check studies.", no_args_is_help=True)
-
-
-@app.callback()
-def _several() -> None:
-    """Keep `check` a command of its own."""
 
 
 @app.command()
@@ -44,3 +39,38 @@ def check(file: Annotated[Path, typer.Argument(help="The study, YAML.")]) -> Non
         f"each site trains {epochs} epochs of {study.iterations_per_epoch} iterations"
         + (f" for each of {len(study.folds)} folds" if len(study.folds) > 1 else "")
     )
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(help="The study, YAML.")],
+    state: Annotated[Path, typer.Option(help="The orchestrator's state folder, on this machine.")],
+    control_address: Annotated[str, typer.Option("--control", help="HOST:PORT of the control listener.")] = (
+        "127.0.0.1:8100"
+    ),
+    wait: Annotated[bool, typer.Option(help="Stay and show the study until it ends.")] = True,
+) -> None:
+    """Give a study to a running orchestrator. One that was interrupted goes on; one that failed is tried again."""
+    from rich.console import Console
+
+    from federation.study import load
+    from orchestrator.admin.progress import StudyView, Tail, print_end, watch
+    from orchestrator.admin.reach import control, reaching
+
+    study = load(file)
+    console = Console()
+    folder = state.resolve() / "studies" / study.id
+    tail, view = Tail(folder / "journal.jsonl"), StudyView(study)
+    for line in tail.lines():
+        view.take(line)
+    if tail.path.exists() and view.ended is None:
+        console.print(f"study {study.name} is under way: {view.phase}, round {view.done_rounds}")
+    elif view.ended != "done":
+        with reaching(control_address):
+            control(state, control_address).start(study.model_dump_json())
+        view.ended = None
+        console.print(f"study {study.name} is submitted, id {study.id[:16]}")
+    if wait:
+        watch(view, tail, console)
+        view.raise_failure(f"journal: {folder}")
+        print_end(console, view, folder)

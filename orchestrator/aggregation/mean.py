@@ -132,9 +132,11 @@ def _mean_of_piece(sites: list[_Source], whole: float, name: str, start: int, si
             np.add(block, product, out=block)
         np.add(total, block, out=total)
     np.divide(total, whole, out=total)
-    return total.astype(_SINGLE)
+    mean: npt.NDArray[Any] = total.astype(_SINGLE)
+    return mean
 
 
 def _largest(sites: list[_Source], name: str, start: int, size: int) -> npt.NDArray[Any]:
     buffer = np.empty(size, np.float64)
-    return np.maximum.reduce([site.read(name, start, size, buffer).copy() for site in sites])
+    largest: npt.NDArray[Any] = np.maximum.reduce([site.read(name, start, size, buffer).copy() for site in sites])
+    return largest

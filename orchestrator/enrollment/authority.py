@@ -63,7 +63,9 @@ class Authority:
         for path in (self.ca, self.certificate, self.key, self.token, self.secret):
             if not path.is_file():
                 raise FednnunetError(
-                    Code.STATE_NOT_READY, f"{path} is missing", "Run `fednnunet federation init STATE --name HOST` first."
+                    Code.STATE_NOT_READY,
+                    f"{path} is missing",
+                    "Run `fednnunet federation init STATE --name HOST` first.",
                 )
 
 
