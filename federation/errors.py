@@ -259,6 +259,10 @@ class FednnunetError(Exception):
         self.advice = advice or code.advice
         super().__init__(self.scrubbed() + (f": {found}" if found else ""))
 
+    def __reduce__(self) -> tuple[type[FednnunetError], tuple[Code, str, str]]:
+        """Crosses a process pool whole."""
+        return type(self), (self.code, self.found, self.advice)
+
     def scrubbed(self) -> str:
         """Number and title alone: what may leave a hospital."""
         return f"FNU-{self.code.number} {self.code.title}"

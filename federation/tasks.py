@@ -21,6 +21,8 @@ from federation.fingerprint import SiteFingerprint
 from federation.study import SiteName, Study
 
 PROTOCOL = 1
+TrainedFold = Literal["0", "1", "2", "3", "4", "all"]
+"""A fold as it is trained; it becomes part of a folder's name."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -70,8 +72,8 @@ class Task(_Body):
     study: Study
     site: SiteName
     kind: Kind
-    fold: str | None = None
-    round: int | None = Field(None, ge=1, description="Round of training, from 1.")
+    fold: TrainedFold | None = None
+    round: int | None = Field(None, ge=1, le=999_999, description="Round of training, from 1.")
     attempt: int = Field(1, ge=1)
     plan: Plan | None = None
     plans_sha256: Sha256 | None = Field(None, description="The plans that train, validate and finish refer to.")
@@ -181,7 +183,7 @@ class Result(_Body):
     study_id: Sha256
     site: SiteName
     kind: Kind
-    fold: str | None = None
+    fold: TrainedFold | None = None
     round: int | None = None
     attempt: int = 1
     failure: Failure | None = None

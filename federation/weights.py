@@ -5,8 +5,10 @@ Rules:
 - A file holds unique parameters and buffers alone (`named_parameters()`, never the aliased `state_dict()`), in
   the order of their names: the same tensors give the same bytes, so a file's SHA-256 is the weights' digest.
 - Nothing is unpickled and nothing is mapped into memory: a reader holds one tensor.
-- `full` carries float32. A `difference` carries float16 differences to a base both sides hold; what the rounding
-  took is carried over to the next difference (error feedback), so nothing is lost for good.
+- `full` carries float32. A `difference` carries float16 differences to a base both sides hold, each tensor scaled by
+  a power of two so that its largest value uses float16's whole range (small steps late in a training would fall
+  below float16's smallest number); what the rounding took is carried over to the next difference (error feedback),
+  so nothing is lost for good. The exponents stand in the file's last tensor, `EXPONENTS`.
 - Tensors that are not float32 (integer counters of batch norm) travel as they are, also in a difference.
 - A file from a peer is checked before it is believed: header size, names, dtypes, shapes, offsets, file size.
 
@@ -37,7 +39,8 @@ Tensor = npt.NDArray[Any]
 MAX_HEADER = 16 * 2**20
 MAX_NAME = 512
 MAX_DIMENSIONS = 8
-FLOAT16_MAX = np.float32(65504.0)
+EXPONENTS = "~exponents"
+"""Name of the tensor, int32, that holds a difference's exponents in the order of the names."""
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
 _CODES = {np.dtype(value): key for key, value in _DTYPES.items()}
 
@@ -214,11 +217,32 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def difference_specs(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Specs of a difference between weights with these specs: float32 becomes float16."""
-    return {
+    """Specs of a difference between weights with these specs: float32 becomes float16, and there are exponents."""
+    found = {
         name: Spec(np.dtype("<f2"), spec.shape) if spec.dtype == np.dtype("<f4") else spec
         for name, spec in specs.items()
     }
+    found[EXPONENTS] = Spec(np.dtype("<i4"), (len(specs),))
+    return found
+
+
+def exponents(difference: TensorFile) -> dict[str, int]:
+    """The exponent of each tensor of a difference: its values are ``float16 * 2**exponent``. Raises FNU-603."""
+    names = [name for name in difference.names if name != EXPONENTS]
+    if EXPONENTS not in difference.specs or difference.spec(EXPONENTS) != Spec(np.dtype("<i4"), (len(names),)):
+        raise _damaged(difference.path, "a difference without exponents")
+    values = difference.read(EXPONENTS)
+    if len(values) and (values.min() < -200 or values.max() > 200):
+        raise _damaged(difference.path, "an exponent out of range")
+    return {name: int(value) for name, value in zip(names, values, strict=True)}
+
+
+def _exponent(values: Tensor) -> int:
+    """The power of two that brings the largest value just below float16's largest."""
+    largest = float(np.max(np.abs(values), initial=0.0))
+    if largest == 0.0 or not math.isfinite(largest):
+        return 0
+    return max(math.frexp(largest)[1] - 15, -126)
 
 
 def _same_specs(first: TensorFile, second: TensorFile) -> None:
@@ -254,16 +278,21 @@ def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carr
     with replacing(carry_out) as temporary, open(temporary, "wb") as stream:
         rest = TensorWriter(stream, carried)
 
+        scales: list[int] = []
+
         def rounded(name: str) -> Tensor:
+            if name == EXPONENTS:
+                return np.asarray(scales, "<i4")
             value = new_file.read(name)
             if name not in carried:
+                scales.append(0)
                 return value
             value -= base_file.read(name)
             if carry_file is not None:
                 value += carry_file.read(name)
-            with np.errstate(over="ignore"):
-                half = np.clip(value, -FLOAT16_MAX, FLOAT16_MAX).astype("<f2")
-            rest.write(value - half.astype(single))
+            scales.append(_exponent(value))
+            half = np.ldexp(value, -scales[-1]).astype("<f2")
+            rest.write(value - np.ldexp(half.astype(single), scales[-1]))
             return half
 
         digest = write_tensors(out, difference_specs(new_file.specs), rounded)
@@ -278,11 +307,13 @@ def apply_difference(base: Path, difference: Path, out: Path) -> str:
     if difference_file.specs != difference_specs(base_file.specs):
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{difference} is no difference to {base}")
 
+    scales = exponents(difference_file)
+
     def weights_of(name: str) -> Tensor:
         value = difference_file.read(name)
         if base_file.spec(name).dtype != np.dtype("<f4"):
             return value
-        restored: Tensor = base_file.read(name) + value.astype("<f4")
+        restored: Tensor = base_file.read(name) + np.ldexp(value.astype("<f4"), scales[name])
         return restored
 
     return write_tensors(out, base_file.specs, weights_of)

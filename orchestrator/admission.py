@@ -20,7 +20,7 @@ import numpy as np
 from federation.errors import Code, FednnunetError
 from federation.files import sha256_of
 from federation.tasks import Kind, Result, Task
-from federation.weights import TensorFile, difference_specs
+from federation.weights import TensorFile, difference_specs, exponents
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,15 @@ def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: 
     if set(update_file.specs) != set(expected):
         extra, missing = set(update_file.specs) - set(expected), set(expected) - set(update_file.specs)
         raise refuse(f"{len(missing)} tensors missing, {len(extra)} unknown")
-    distance = norm = 0.0
     for name in update_file.names:
         if update_file.spec(name) != expected[name]:
             raise refuse(f"tensor {name} has another shape or type")
+    try:
+        scales = exponents(update_file) if half else {}
+    except FednnunetError as error:
+        raise refuse(error.found) from error
+    distance = norm = 0.0
+    for name in base_file.names:
         value, reference = update_file.read(name), base_file.read(name)
         if not np.issubdtype(value.dtype, np.floating):
             continue
@@ -111,7 +116,7 @@ def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: 
             raise refuse(f"tensor {name} holds NaN or infinite numbers")
         flat = reference.reshape(-1)
         norm += float(np.dot(flat, flat))
-        moved = (value.astype(np.float32) if half else value - reference).reshape(-1)
+        moved = (np.ldexp(value.astype(np.float32), scales[name]) if half else value - reference).reshape(-1)
         with np.errstate(over="ignore"):
             distance += float(np.dot(moved, moved))
     ratio = task.study.aggregation.max_update_ratio

@@ -70,17 +70,34 @@ def test_what_the_rounding_took_is_carried_over_until_it_counts(tmp_path: Path) 
     for number in range(64):
         out = tmp_path / f"carry{number}"
         weights.encode_difference(tmp_path / "new", tmp_path / "base", carry, tmp_path / "d", out)
-        total += np.float32(TensorFile(tmp_path / "d").read("w")[0])
+        weights.apply_difference(tmp_path / "base", tmp_path / "d", tmp_path / "step")
+        total += TensorFile(tmp_path / "step").read("w")[0]
         carry = out
     assert abs(total - 64 * step) < 2.0**-10
     assert total != 64.0
 
 
-def test_a_huge_difference_does_not_become_infinite(tmp_path: Path) -> None:
-    weights.save(tmp_path / "base", {"w": np.zeros(2, np.float32)})
-    weights.save(tmp_path / "new", {"w": np.asarray([1e6, -1e6], np.float32)})
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-3, 1.0, 1e6, 1e30])
+def test_a_difference_of_any_size_keeps_eleven_bits(tmp_path: Path, scale: float) -> None:
+    """Small steps late in a training neither vanish nor lose precision, and huge ones do not become infinite."""
+    value = (scale * np.random.default_rng(0).uniform(0.01, 1, 1000)).astype(np.float32)
+    weights.save(tmp_path / "base", {"w": np.zeros(1000, np.float32)})
+    weights.save(tmp_path / "new", {"w": value})
     weights.encode_difference(tmp_path / "new", tmp_path / "base", None, tmp_path / "d", tmp_path / "c")
-    np.testing.assert_array_equal(TensorFile(tmp_path / "d").read("w"), np.asarray([65504, -65504], np.float16))
+    weights.apply_difference(tmp_path / "base", tmp_path / "d", tmp_path / "out")
+    np.testing.assert_allclose(TensorFile(tmp_path / "out").read("w"), value, rtol=2.0**-11)
+
+
+def test_a_difference_whose_exponents_are_missing_or_absurd_is_refused(tmp_path: Path) -> None:
+    weights.save(tmp_path / "base", {"w": np.zeros(2, np.float32)})
+    for exponents in (None, np.asarray([10**6], np.int32)):
+        tensors: dict[str, np.ndarray] = {"w": np.ones(2, np.float16)}
+        if exponents is not None:
+            tensors[weights.EXPONENTS] = exponents
+        weights.save(tmp_path / "d", tensors)
+        with pytest.raises(FednnunetError, match=r"FNU-(404|603)"):
+            weights.apply_difference(tmp_path / "base", tmp_path / "d", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def header(value: object, data: bytes = b"") -> bytes:

@@ -396,3 +396,31 @@ def test_a_task_for_another_site_is_refused(tmp_path: Path) -> None:
     site = prepared_site(tmp_path)
     stranger = site.task(TRAIN, 1, site="hospital_b")
     assert codes(site.ask(stranger, initial_weights())) == [Code.TASK_REFUSED.number]
+
+
+def test_what_a_killed_worker_had_half_written_is_swept_at_the_next_start(tmp_path: Path) -> None:
+    site = prepared_site(tmp_path)
+    half = [
+        site.settings.work / "preprocessed" / ".key.writing-7",
+        site.spool.outbox / site.study.id / ".train-fold_0-0001.writing-7",
+        site.worker.outgoing,
+    ]
+    for folder in half:
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"half")
+    whole = sorted(path for path in (site.settings.work / site.study.id).rglob("*"))
+    site.worker.stop.set()
+    assert site.worker.run() == 0
+    assert not any(folder.exists() for folder in half)
+    assert sorted(path for path in (site.settings.work / site.study.id).rglob("*")) == whole
+
+
+def test_case_names_go_to_nnunets_log_file_not_to_the_console(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    site = prepared_site(tmp_path)
+    site.ask(site.task(TRAIN, 1), initial_weights())
+    site.worker.trainer.trainer.print_to_log_file("predicting case_03")
+    assert "case_03" not in "".join(capfd.readouterr())
+    (log,) = site.settings.work.rglob("training_log_*.txt")
+    assert "predicting case_03" in log.read_text()

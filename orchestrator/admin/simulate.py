@@ -124,6 +124,10 @@ class Simulation:
         finally:
             lock.release()
 
+    def address(self, name: str, fleet_port: int) -> str:
+        """What a site dials; a measurement may put something in between."""
+        return f"{LOOPBACK}:{fleet_port}"
+
     def _orchestrator(self, fleet_port: int) -> Child:
         return Child(
             "orchestrator",
@@ -138,7 +142,7 @@ class Simulation:
 
     def _site(self, name: str, data: Path, fleet_port: int, authority: Authority) -> Child:
         config, state = self.state / "sites" / name / "config", self.state / "sites" / name / "state"
-        address = f"{LOOPBACK}:{fleet_port}"
+        address = self.address(name, fleet_port)
         if not (config / "site.key").exists():
             _command(
                 [

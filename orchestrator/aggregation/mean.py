@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from federation.files import replacing
-from federation.weights import TensorFile, TensorWriter
+from federation.weights import EXPONENTS, TensorFile, TensorWriter, exponents
 
 PIECE = 2**16  # elements: 256 KiB of float32; the buffers of a thread stay in its cache
 BLOCK = 8
@@ -100,6 +100,7 @@ class _Source:
 
     def __init__(self, file: TensorFile, weight: float) -> None:
         self.file, self.weight = file, _SINGLE.type(weight)
+        self._exponents = exponents(file) if EXPONENTS in file.specs else {}
         self._descriptor = os.open(file.path, os.O_RDONLY)
 
     def read(self, name: str, start: int, size: int, buffer: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -109,6 +110,10 @@ class _Source:
         if os.preadv(self._descriptor, [view], self.file.offset(name) + start * dtype.itemsize) != len(view):
             raise OSError(f"{self.file.path} became shorter while it was read")
         return np.frombuffer(view, dtype)
+
+    def factor(self, name: str) -> np.float32:
+        """What a tensor's numbers are multiplied with: the weight, and a difference's power of two."""
+        return np.float32(np.ldexp(self.weight, self._exponents.get(name, 0)))
 
     def close(self) -> None:
         """Close the file."""
@@ -128,7 +133,7 @@ def _mean_of_piece(sites: list[_Source], whole: float, name: str, start: int, si
     for first in range(0, len(sites), BLOCK):
         block.fill(0.0)
         for site in sites[first : first + BLOCK]:
-            np.multiply(site.read(name, start, size, _buffers.raw), site.weight, out=product)
+            np.multiply(site.read(name, start, size, _buffers.raw), site.factor(name), out=product)
             np.add(block, product, out=block)
         np.add(total, block, out=total)
     np.divide(total, whole, out=total)

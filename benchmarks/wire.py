@@ -1,0 +1,141 @@
+"""Bytes on the wire for each site and round, counted at the socket: nnU-Net's default 31 M network, full and half.
+
+    python benchmarks/wire.py [--rounds 4] [--output wire.json]
+
+The orchestrator, the network and the links are real; the sites are light (simulated: they train nothing). One site's
+connection goes through a proxy that counts every byte, TLS and polling included. Beside it stands the original
+FednnU-Net: 125 MB up, 355 MB down and 125 MB up again for the same network, 604 MB (derived from its measured
+traffic, see docs/explanation/wire-and-journal.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from light_site import CountingProxy, LightSite
+
+from federation.study import Study, parse
+from orchestrator.admin.progress import Tail
+from orchestrator.admin.simulate import Simulation, SiteOptions
+
+ORIGINAL = 604e6
+
+
+class Counted(Simulation):
+    """A simulation whose first site is reached through the counting proxy."""
+
+    proxy: CountingProxy | None = None
+
+    def address(self, name: str, fleet_port: int) -> str:
+        """The proxy for the first site."""
+        if name != sorted(self.sites)[0]:
+            return super().address(name, fleet_port)
+        self.proxy = CountingProxy(fleet_port)
+        return f"127.0.0.1:{self.proxy.port}"
+
+
+def large_ct(name: str, sites: list[str], rounds: int, wire: str) -> Study:
+    """A study for which nnU-Net plans its default network."""
+    return parse(
+        {
+            "name": name,
+            "dataset": "Dataset900_LargeCT",
+            "sites": sites,
+            "channel_names": {"0": "CT"},
+            "labels": {"background": 0, "organ": 1},
+            "rounds": rounds,
+            "wire": wire,
+            "fold": "all",
+            "round_deadline": 900,
+        }
+    )
+
+
+def rounds_of(simulation: Counted, study: Study) -> list[dict[str, Any]]:
+    """Run a study and note the proxy's counts whenever a round is closed."""
+    counts: list[dict[str, Any]] = []
+    ended = threading.Event()
+
+    def note() -> None:
+        tail = Tail(simulation.study_folder(study) / "journal.jsonl")
+        before: tuple[int, int] | None = None
+        while not ended.is_set():
+            for line in tail.lines():
+                proxy = simulation.proxy
+                assert proxy is not None
+                if line["event"] == "weights" and line["round"] == 0:
+                    before = (proxy.up, proxy.down)
+                if line["event"] == "closed" and before is not None:
+                    up, down = proxy.up, proxy.down
+                    counts.append(
+                        {
+                            "round": line["round"],
+                            "up": up - before[0],
+                            "down": down - before[1],
+                            "seconds": line["seconds"],
+                        }
+                    )
+                    before = (up, down)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=note)
+    thread.start()
+    try:
+        simulation.conduct(study, Console(file=io.StringIO()))
+    finally:
+        ended.set()
+        thread.join()
+    return counts
+
+
+def main() -> None:
+    """Run both wires and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    table = Table(title="bytes at the socket of one site, default 31 M network (124.8 MB of float32)")
+    for column in ("wire", "round", "to the site MB", "from the site MB", "both MB", "of the original's 604 MB", "s"):
+        table.add_column(column, justify="right")
+    rows = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        sites = {site: Path(name) / "data" for site in ("light_a", "light_b")}
+        (Path(name) / "data").mkdir()
+        simulation = Counted(Path(name) / "state", sites, SiteOptions(role="link"))
+        with simulation.running():
+            light = [LightSite(simulation.state / "sites" / site / "state") for site in sites]
+            for site in light:
+                site.start()
+            for wire in ("full", "half"):
+                for row in rounds_of(simulation, large_ct(f"wire_{wire}", sorted(sites), arguments.rounds, wire)):
+                    rows.append({"wire": wire, **row})
+                    both = row["up"] + row["down"]
+                    cells = [row["down"] / 1e6, row["up"] / 1e6, both / 1e6]
+                    table.add_row(
+                        wire,
+                        str(row["round"]),
+                        *(f"{cell:.1f}" for cell in cells),
+                        f"{both / ORIGINAL:.1%}",
+                        f"{row['seconds']:.1f}",
+                    )
+            for site in light:
+                site.stop()
+    Console(width=110).print(table)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
