@@ -3,7 +3,8 @@
 Rules:
 
 - Each child leads a session of its own; what it leaves behind when it dies (data loaders, say) is killed with it.
-- A child that dies is started again after a pause that grows; one that dies at once, again and again, is FNU-703.
+- A child that dies is started again after a pause that grows; one that dies at once, again and again, is FNU-703, or
+  the numbered error that it printed last.
 - The children end with their parent, also when the parent is killed: each asks the kernel for it (`end_with_parent`).
 - One folder, one owner: a lock file, held for as long as the process lives, keeps a second one out (FNU-705).
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from federation import console
 from federation.errors import Code, FednnunetError
 from federation.files import disk_errors
 
@@ -50,7 +52,12 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+                raise FednnunetError(
+                    Code.DISK_FULL, f"{error.strerror}: {folder}", "Choose another folder, one that can be made."
+                ) from error
             self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,6 +193,10 @@ class Supervisor:
                 child.signal(signal.SIGKILL)  # what it left behind
                 child.quick_deaths = child.quick_deaths + 1 if lived < QUICK else 0
                 if child.quick_deaths >= QUICK_DEATHS or (not child.restart and code >= 0):
+                    said = console.shown(child.tail(24))
+                    if said is not None and said.exit_status == code:
+                        found = f"{child.name}: {said.found}\nlog: {child.log}"
+                        raise FednnunetError(said.code, found, said.advice)
                     raise FednnunetError(
                         Code.PROCESS_DIED, f"{child.name} (exit {code}), log {child.log}\n{child.tail()}"
                     )

@@ -4,8 +4,8 @@ Rules:
 
 - Every step first asks the journal whether it has been done; a coordinator that is killed at any point goes on from
   the last line, in a new Flower run.
-- Describe, fingerprint, prepare and finish need every site: there is never a silent subset. A round of training and
-  a validation need the quorum; the participation record says who was missing and why.
+- Describe, fingerprint and prepare need every site: there is never a silent subset. A round of training, a validation
+  and finishing need the quorum; the participation record says who was missing and why.
 - Nothing here imports torch: planning and model building are child processes.
 
 States: enrolling -> describing -> fingerprinting -> planning -> preparing -> (training -> validating -> finishing,
@@ -102,10 +102,11 @@ class Conductor:
         plan = self._plan()
         if study.stop_after == "plan":
             return
-        prepared = self._everyone(Kind.PREPARE, plan=plan)
+        prepared = self._everyone(Kind.PREPARE, plan=plan).answers
         if study.stop_after == "prepare":
             return
         validation: dict[str, Scored] = {}
+        unfinished: dict[str, str] = {}
         for fold in study.folds:
             cases = {}
             for site, result in prepared.items():
@@ -114,8 +115,9 @@ class Conductor:
                 cases[site] = result.preparation.training_cases[fold]
             self._train(fold, plan, cases)
             validation[fold] = self._validate(fold)
-            self._everyone(Kind.FINISH, fold=fold, weights=self._held(fold))
-        self._export(plan, validation)
+            finished = self._everyone(Kind.FINISH, fold=fold, weights=self._held(fold), needed=study.needed)
+            unfinished |= finished.missing
+        self._export(plan, validation, unfinished)
 
     # asking
 
@@ -138,8 +140,9 @@ class Conductor:
         plan: Plan | None = None,
         weights: Callable[[str, bool], tuple[Weights | None, Path | None]] | None = None,
         accept: Accept = _nothing,
-    ) -> dict[str, Result]:
-        """A step that every site must do; raises FNU-502 that names who did not and why."""
+        needed: int | None = None,
+    ) -> Outcome:
+        """A step that every site must do, or `needed` of them; raises FNU-502 that names who did not and why."""
 
         def errand(site: str, full: bool) -> Errand:
             header, file = weights(site, full) if weights else (None, None)
@@ -150,12 +153,12 @@ class Conductor:
             self.study.sites,
             errand,
             accept,
-            needed=len(self.study.sites),
+            needed=needed or len(self.study.sites),
             deadline=self.study.round_deadline,
         )
-        if outcome.missing:
+        if len(outcome.answers) < (needed or len(self.study.sites)):
             raise FednnunetError(Code.SITE_FAILED, f"{kind}: {_who(outcome)}")
-        return dict(sorted(outcome.answers.items()))
+        return outcome
 
     def _enter(self, kind: Kind, errand: Callable[[str, bool], Errand]) -> None:
         """Enter a step's phase, unless every site has answered it before."""
@@ -170,10 +173,10 @@ class Conductor:
                 check(result.fingerprint, len(self.study.channel_names), self.study.fingerprint_min_cases)
             return {}
 
-        answers = self._everyone(Kind.FINGERPRINT, accept=accept)
+        answers = self._everyone(Kind.FINGERPRINT, accept=accept).answers
         pooled = self.journal.folder / "fingerprint.json"
-        if not pooled.exists():
-            merged = merge([result.fingerprint for result in answers.values() if result.fingerprint])
+        if self.journal.state.pooled is None:
+            merged = merge([result.fingerprint for _, result in sorted(answers.items()) if result.fingerprint])
             files.write_bytes(pooled, merged.model_dump_json(indent=1).encode())
             self.journal.write("pooled", sha256=files.sha256_of(pooled), tolerance=plan_tolerance(merged))
 
@@ -321,7 +324,7 @@ class Conductor:
         scores = {site: result.validation for site, result in sorted(outcome.answers.items()) if result.validation}
         return Scored(scores, outcome.missing)
 
-    def _export(self, plan: Plan, validation: dict[str, Scored]) -> None:
+    def _export(self, plan: Plan, validation: dict[str, Scored], unfinished: dict[str, str]) -> None:
         journal = self.journal
         if journal.state.exported is not None:
             return
@@ -345,6 +348,7 @@ class Conductor:
             sha256=files.sha256_of(archive),
             nbytes=archive.stat().st_size,
             weights={fold: journal.state.weights[fold][1] for fold in self.study.folds},
+            unfinished=unfinished,
             validation={
                 fold: {
                     "sites": {site: score.model_dump(mode="json") for site, score in entry.scores.items()},

@@ -48,6 +48,7 @@ class State:
     closed: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, tuple[int, str]] = field(default_factory=dict)
     holds: dict[str, str] = field(default_factory=dict)
+    pooled: str | None = None
     plans_sha256: str | None = None
     exported: dict[str, Any] | None = None
     submission: str = ""
@@ -68,6 +69,8 @@ class State:
                 self.failures[line["key"], line["site"]] += 1
             case "refused":
                 self.failures[line["key"], line["site"]] += 1
+            case "pooled":
+                self.pooled = line["sha256"]
             case "planned":
                 self.plans_sha256 = line["plans_sha256"]
             case "closed":

@@ -295,6 +295,8 @@ def print_end(console: Console, view: StudyView, folder: Path) -> None:
         console.print(scores_table(view.study, fold, entry["sites"]))
         for site, why in entry["missing"].items():
             console.print(f"[yellow]not scored:[/yellow] {site}: {why}")
+    for site, why in view.exported["unfinished"].items():
+        console.print(f"[yellow]without the final model:[/yellow] {site}: {why}")
     archive = folder / view.exported["path"]
     console.print(f"model: {archive} ({size(view.exported['nbytes'])})", soft_wrap=True)
     console.print(f"install it with: nnUNetv2_install_pretrained_model_from_zip {archive}", soft_wrap=True)

@@ -33,6 +33,7 @@ from typing import Any
 from rich.console import Console
 
 from federation import files
+from federation.console import shown
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, free_port
 from federation.study import SITE_NAME, Study
@@ -264,7 +265,7 @@ class Simulation:
 def _command(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise FednnunetError(Code.SETTINGS_INVALID, (done.stderr or done.stdout).strip())
+        raise shown(done.stderr) or FednnunetError(Code.SETTINGS_INVALID, (done.stderr or done.stdout).strip())
 
 
 @contextlib.contextmanager

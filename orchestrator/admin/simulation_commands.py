@@ -328,14 +328,19 @@ def run(
     study = load(file)
     sites: dict[str, Path] = {}
     for entry in site or []:
-        name, equals, path = entry.partition("=")
-        if not equals or not path:
+        name, _, given = entry.partition("=")
+        if not given:
             raise FednnunetError(Code.SITES_MISMATCH, f"--site {entry}: give NAME=PATH")
-        sites[name] = Path(path)
+        if name in sites:
+            raise FednnunetError(Code.SITES_MISMATCH, f"--site {name} is given twice")
+        sites[name] = Path(given)
     if set(sites) != set(study.sites):
         raise FednnunetError(
             Code.SITES_MISMATCH, f"study: {', '.join(study.sites)}; given: {', '.join(sites) or 'none'}"
         )
+    for name, path in sites.items():
+        if not path.is_dir():
+            raise FednnunetError(Code.DATASET_JSON_MISSING, f"{name}: {path} is not a folder", "Correct --site.")
     options = SiteOptions.for_device(device, len(sites), np, npfp)
     simulate(study, state or Path("fednnunet-state") / study.name, sites, options, _console())
 
