@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -100,8 +101,28 @@ def rounds_of(simulation: Counted, study: Study) -> list[dict[str, Any]]:
     return counts
 
 
+def memory(simulation: Simulation) -> dict[str, float]:
+    """Peak resident memory of each kind of process of this federation, in MB."""
+    kinds = {
+        "coordinator": "-m orchestrator coordinator",
+        "SuperLink": "-m orchestrator superlink",
+        "supernode": "-m appliance.link supernode",
+        "link": "-m appliance.link link",
+    }
+    peaks: dict[str, float] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        for kind, words in kinds.items():
+            if words in command and str(simulation.state) in command:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+                peaks[kind] = max(peaks.get(kind, 0.0), int(line.split()[1]) * 1024 / 1e6)
+    return peaks
+
+
 def main() -> None:
     """Run both wires and print the table."""
+    peaks: dict[str, float] = {}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--output", type=Path)
@@ -132,9 +153,11 @@ def main() -> None:
                     )
             for site in light:
                 site.stop()
+            peaks = memory(simulation)
     Console(width=110).print(table)
+    print("peak memory (VmHWM) after both studies, MB:", ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()))
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({"rounds": rows, "peak_megabytes": peaks}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,30 @@ def test_kill_9_in_the_middle_of_a_round_ends_in_the_same_bytes(
     assert [line["participants"] for line in closed] == [list(SITES)] * 3, "nobody was left out"
 
 
+def test_a_site_that_falls_silent_is_left_out_at_the_deadline_and_the_record_says_so(federation: Federation) -> None:
+    """Quorum 1 of 2: the rounds go on without the silent site, nothing is hidden, and the site is back afterwards."""
+    silent = study("silent_site", quorum=1, round_deadline=12)
+    worker = federation.process("appliance.worker", "hospital_b")
+    try:
+        federation.run_and_disturb(silent, worker.suspend)
+    finally:
+        worker.resume()
+    closed = {line["round"]: line for line in federation.journal(silent) if line["event"] == "closed"}
+    assert closed[1]["participants"] == list(SITES)
+    for number in (2, 3):
+        assert closed[number]["participants"] == ["hospital_a"]
+        assert list(closed[number]["missing"]) == ["hospital_b"]
+    (exported,) = [line for line in federation.journal(silent) if line["event"] == "exported"]
+    assert list(exported["unfinished"]) == ["hospital_b"]
+    assert list(exported["validation"]["all"]["missing"]) == ["hospital_b"]
+
+
+def test_the_site_that_was_silent_takes_part_again(federation: Federation, undisturbed: str) -> None:
+    after = study("after_silence")
+    federation.run(after)
+    assert federation.digest(after) == undisturbed
+
+
 def test_kill_9_of_a_data_holding_worker_leaves_no_loader_behind(federation: Federation) -> None:
     worker = federation.process("appliance.worker", "hospital_b")
     children = worker.children(recursive=True)
