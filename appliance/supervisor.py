@@ -6,14 +6,13 @@ site starts `--role link` and `--role worker` as two containers that share the s
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Literal
 
 from appliance.settings import Settings
 from federation.errors import Code, FednnunetError
-from federation.processes import Child, Lock, Supervisor, check_port, free_port, stop_on_signals
+from federation.processes import Child, Lock, Supervisor, check_port, check_room, free_port, stop_on_signals
 
 Role = Literal["all", "link", "worker"]
 
@@ -47,9 +46,7 @@ def check(settings: Settings, role: Role) -> None:
             check_port("127.0.0.1", settings.supernode_port)
     if role in ("all", "worker") and not settings.data.is_dir():
         raise FednnunetError(Code.DATASET_JSON_MISSING, f"data {settings.data} is not a folder")
-    settings.state.mkdir(parents=True, exist_ok=True)
-    if not os.access(settings.state, os.W_OK):
-        raise FednnunetError(Code.DISK_FULL, f"state {settings.state} is not writable")
+    check_room(settings.state)
 
 
 def run(settings: Settings, config: Path | None, role: Role) -> None:

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ log = logging.getLogger("fednnunet.processes")
 _PR_SET_PDEATHSIG = 1
 QUICK = 5.0  # seconds: a life shorter than this is a failed start
 QUICK_DEATHS = 6
+ROOM = 2**20  # bytes: a disk with less is full: databases and logs cannot be kept
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -51,13 +53,8 @@ class Lock:
     """The right to use a folder; released when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
+        check_room(folder)
         with disk_errors(folder):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
-                raise FednnunetError(
-                    Code.DISK_FULL, f"{error.strerror}: {folder}", "Choose another folder, one that can be made."
-                ) from error
             self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +89,22 @@ def check_port(host: str, port: int) -> None:
         if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise FednnunetError(Code.PORT_IN_USE, f"{host}:{port}: {error.strerror}") from error
         raise FednnunetError(Code.SETTINGS_INVALID, f"{host}:{port}: {error}") from error
+
+
+def check_room(folder: Path) -> None:
+    """Raise FNU-702 when a folder cannot be made or written, or its disk has less than `ROOM` bytes left."""
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+            raise FednnunetError(
+                Code.DISK_FULL, f"{error.strerror}: {folder}", "Choose another folder, one that can be made."
+            ) from error
+    if not os.access(folder, os.W_OK):
+        raise FednnunetError(Code.DISK_FULL, f"{folder} is not writable")
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        raise FednnunetError(Code.DISK_FULL, f"{folder}: {free} bytes left, {ROOM} needed to go on")
 
 
 @dataclass
@@ -193,6 +206,7 @@ class Supervisor:
                 child.signal(signal.SIGKILL)  # what it left behind
                 child.quick_deaths = child.quick_deaths + 1 if lived < QUICK else 0
                 if child.quick_deaths >= QUICK_DEATHS or (not child.restart and code >= 0):
+                    check_room(child.log.parent)
                     said = console.shown(child.tail(24))
                     if said is not None and said.exit_status == code:
                         found = f"{child.name}: {said.found}\nlog: {child.log}"

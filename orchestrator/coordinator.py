@@ -38,6 +38,7 @@ from orchestrator.aggregation.mean import Update, weighted_mean
 from orchestrator.enrollment.authority import Authority
 from orchestrator.journal import ENDED, Journal
 from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
+from orchestrator.workshop import Workshop
 
 log = logging.getLogger("fednnunet.coordinator")
 
@@ -83,14 +84,20 @@ class Conductor:
         self.journal, self.study = journal, journal.study
         self._exchange = Exchange(carrier, journal, poll)
         self._pretrained = pretrained
+        self._workshop = Workshop()
 
     def conduct(self) -> None:
         """Go on until the study is done; raises what made it fail."""
-        self._steps()
+        try:
+            self._steps()
+        finally:
+            self._workshop.close()
         self.journal.write("done")
 
     def _steps(self) -> None:
         study = self.study
+        if self.journal.state.plans_sha256 is None and study.stop_after not in ("describe", "fingerprint"):
+            self._workshop.open()
         self.journal.phase("enrolling")
         self._exchange.await_sites(study.sites, study.appear_deadline)
         self._everyone(Kind.DESCRIBE)
@@ -187,7 +194,7 @@ class Conductor:
         path = self.journal.folder / "plan.json"
         if self.journal.state.plans_sha256 is None:
             self.journal.phase("planning")
-            planned = planning.plan(self._pooled(), self.study, self.journal.folder / "planning")
+            planned = planning.plan(self._pooled(), self.study, self.journal.folder / "planning", self._workshop)
             plan = Plan(plans=planned.plans, plans_sha256=planned.plans_sha256, dataset_json=planned.dataset_json)
             files.write_bytes(path, plan.model_dump_json(indent=1).encode())
             self.journal.write("planned", plans_sha256=plan.plans_sha256)
@@ -198,10 +205,13 @@ class Conductor:
         if fold not in journal.state.weights:
             initial = journal.global_file(fold, 0)
             pretrained = self._pretrained / f"{study.pretrained_weights}.pth" if study.pretrained_weights else None
-            model.initial_weights(plan.plans, plan.dataset_json, study, initial, pretrained)
+            model.initial_weights(plan.plans, plan.dataset_json, study, initial, pretrained, self._workshop)
             journal.write("weights", fold=fold, round=0, digest=files.sha256_of(initial))
+        self._workshop.close()
         while (done := journal.state.weights[fold][0]) < study.rounds:
             self._round(fold, done + 1, cases)
+        if fold == study.folds[-1] and journal.state.exported is None:
+            self._workshop.open()
 
     def _carried(self, fold: str, number: int) -> Callable[[str, bool], tuple[Weights, Path | None]]:
         """How the weights after round `number` reach a site: held, as a difference to what it holds, or in full."""
@@ -341,6 +351,7 @@ class Conductor:
             {fold: entry.scores for fold, entry in validation.items()},
             archive,
             {fold: self._curves(fold) for fold in self.study.folds},
+            self._workshop,
         )
         journal.write(
             "exported",

@@ -2,8 +2,8 @@
 
 Rules:
 
-- The coordinator never imports torch: `initial_weights` and `export` start `python -m orchestrator.model`, wait for
-  it, and raise its numbered error.
+- The coordinator never imports torch: `initial_weights` and `export` run in the
+  workshop (a child process) and raise its numbered error.
 - The first weights are a function of (plans, study): seeded, on the CPU, every tensor once, float32.
 - Pretrained weights are taken over by nnU-Net's own rule (`load_pretrained_weights`: every layer but the segmentation
   heads must fit). The checkpoint is read without running anything that it may hold (`weights_only`).
@@ -19,8 +19,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 from federation import files, native, tasks
 from federation.errors import Code, FednnunetError
 from federation.study import Study, parse
+from orchestrator.workshop import Workshop, borrowed
 
 ERROR = "error.json"
 Progress = Mapping[str, Mapping[str, Sequence[Any]]]
@@ -44,6 +43,7 @@ def initial_weights(
     study: Study,
     out: Path,
     pretrained: Path | None = None,
+    workshop: Workshop | None = None,
 ) -> None:
     """Write the weights that round 1 begins with.
 
@@ -57,6 +57,8 @@ def initial_weights(
         The safetensors file to write: unique names, sorted, float32.
     pretrained : Path, optional
         A checkpoint of nnU-Net v2 to take all but the segmentation heads from.
+    workshop : Workshop, optional
+        Where the child process runs; one is opened for this alone otherwise.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def initial_weights(
         FNU-111, 303, 305, 306, 403 or 702.
     """
     request = {"out": str(out.resolve()), "pretrained": str(pretrained.resolve()) if pretrained else None}
-    _in_child("initial", out.parent, plans, dataset_json, study, request)
+    _in_child("initial", out.parent, plans, dataset_json, study, request, workshop)
 
 
 def export(
@@ -77,6 +79,7 @@ def export(
     validation: Mapping[str, Mapping[str, tasks.Validation]],
     out_zip: Path,
     progress: Progress | None = None,
+    workshop: Workshop | None = None,
 ) -> Path:
     """Write the global model in nnU-Net's native layout below `folder`, and its zip.
 
@@ -95,6 +98,8 @@ def export(
     progress : Mapping, optional
         For each fold, one value for each epoch of `train_losses`, `val_losses`, `mean_fg_dice`, `lrs`: drawn in
         progress.png as nnU-Net draws it.
+    workshop : Workshop, optional
+        Where the child process runs; one is opened for this alone otherwise.
 
     Returns
     -------
@@ -114,7 +119,7 @@ def export(
         "summary": {fold: summary(study, list(validation.get(fold, {}).values())) for fold in weights},
         "progress": {fold: dict((progress or {}).get(fold, {})) for fold in weights},
     }
-    _in_child("export", out_zip.parent, plans, dataset_json, study, request)
+    _in_child("export", out_zip.parent, plans, dataset_json, study, request, workshop)
     return folder / study.dataset / native.model_name(study, plans)
 
 
@@ -173,6 +178,7 @@ def _in_child(
     dataset_json: Mapping[str, Any],
     study: Study,
     request: Mapping[str, Any],
+    workshop: Workshop | None,
 ) -> None:
     with files.disk_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
@@ -185,35 +191,20 @@ def _in_child(
                 **request,
             }
             (directory / "request.json").write_text(json.dumps(body), encoding="utf-8")  # keys in their order
-            done = subprocess.run(
-                [sys.executable, "-m", "orchestrator.model", command, str(directory.resolve())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={**os.environ, **_child_environment(directory)},
-                cwd=directory,
-                check=False,
-            )
-            if done.returncode == 0:
+            environment = {
+                name: str(directory / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+            }
+            log = directory / "log"
+            with borrowed(workshop) as place:
+                status = place.run("orchestrator.model", [command, str(directory.resolve())], environment, log)
+            if status == 0:
                 return
             try:
                 error = files.read_json(directory / ERROR)
             except FileNotFoundError:
-                found = f"status {done.returncode}: {done.stderr.decode(errors='replace')[-2000:]}"
-                raise FednnunetError(Code.MODEL_NOT_BUILT, found) from None
+                said = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+                raise FednnunetError(Code.MODEL_NOT_BUILT, f"status {status}: {said}") from None
             raise FednnunetError(Code.of(error["code"]), error["found"])
-
-
-def _child_environment(directory: Path) -> dict[str, str]:
-    search = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        "PYTHONPATH": os.pathsep.join(search),
-        "CUDA_VISIBLE_DEVICES": "",
-        "nnUNet_compile": "false",
-        "nnUNet_wandb_enabled": "0",
-        "nnUNet_def_n_proc": "1",
-        **{name: str(directory / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-    }
 
 
 # in the child
@@ -352,6 +343,11 @@ def _write_fold(folder: Path, network: Any, weights: Path, request: Mapping[str,
     (folder / "validation" / "summary.json").write_text(json.dumps(request["summary"][fold], indent=4))
 
 
+def warm() -> None:
+    """Import what the jobs need, before they are asked for."""
+    native.trainer_class("nnUNetTrainer")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The child process: do what DIRECTORY/request.json asks; an error goes to DIRECTORY/error.json."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.model", description=main.__doc__)
@@ -372,7 +368,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files.write_json(chosen.directory / ERROR, {"code": numbered.code.number, "found": numbered.found})
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,10 +14,8 @@ Rules:
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from federation import files
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, to_nnunet
 from federation.study import Study
+from orchestrator.workshop import Workshop, borrowed
 
 if TYPE_CHECKING:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -47,7 +46,7 @@ class PlannedStudy:
     dataset_json: dict[str, Any]
 
 
-def plan(pooled: SiteFingerprint, study: Study, folder: Path) -> PlannedStudy:
+def plan(pooled: SiteFingerprint, study: Study, folder: Path, workshop: Workshop | None = None) -> PlannedStudy:
     """Plan a study from its pooled fingerprint, in a child process.
 
     Parameters
@@ -58,6 +57,8 @@ def plan(pooled: SiteFingerprint, study: Study, folder: Path) -> PlannedStudy:
         Planner, gpu_memory_target, overwrite_target_spacing and plans_name are honoured.
     folder : Path
         Work folder; what lies in it is replaced. It keeps the request, nnU-Net's files and the log.
+    workshop : Workshop, optional
+        Where the child process runs; one is opened for this alone otherwise.
 
     Returns
     -------
@@ -77,20 +78,9 @@ def plan(pooled: SiteFingerprint, study: Study, folder: Path) -> PlannedStudy:
         folder.mkdir(parents=True)
     request = {"study": study.model_dump(mode="json"), "fingerprint": fingerprint, "dataset_json": dataset_json}
     files.write_json(folder / REQUEST, request)
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment["OMP_NUM_THREADS"] = environment["nnUNet_n_proc_DA"] = "1"
-    environment["nnUNet_raw"], environment["nnUNet_preprocessed"] = str(folder / RAW), str(folder / PREPROCESSED)
-    with files.disk_errors(folder), open(folder / LOG, "wb") as log:
-        status = subprocess.run(
-            [sys.executable, "-m", "orchestrator.planning", str(folder)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
+    environment = {"nnUNet_raw": str(folder / RAW), "nnUNet_preprocessed": str(folder / PREPROCESSED)}
+    with borrowed(workshop) as place:
+        status = place.run("orchestrator.planning", [str(folder)], environment, folder / LOG)
     if status != 0 or not (folder / ANSWER).exists():
         raise FednnunetError(Code.PLANNING_FAILED, f"{_reason(folder / LOG, status)} (log: {folder / LOG})")
     plans: dict[str, Any] = files.read_json(folder / ANSWER)["plans"]
@@ -256,11 +246,12 @@ def _plan_here(folder: Path) -> dict[str, Any]:
     return plans
 
 
-def main() -> None:
-    """Entry of the child process: ``python -m orchestrator.planning FOLDER``."""
-    folder = Path(sys.argv[1])
+def warm() -> None:
+    """Import what planning needs, before it is asked for."""
+    planner_class("ExperimentPlanner")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The job of the child process: plan what the folder asks for."""
+    (folder,) = map(Path, arguments)
     files.write_json(folder / ANSWER, {"plans": _plan_here(folder)})
-
-
-if __name__ == "__main__":
-    main()

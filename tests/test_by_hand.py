@@ -18,8 +18,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import APPLIANCE, FEDNNUNET, ORCHESTRATOR, REPOSITORY, Done, begin, command, end, good, phantom_study
-from commands import refused, wait_for, write_study
+from commands import (
+    APPLIANCE,
+    FEDNNUNET,
+    ORCHESTRATOR,
+    REPOSITORY,
+    Done,
+    begin,
+    command,
+    end,
+    good,
+    phantom_study,
+    refused,
+    wait_for,
+    write_study,
+)
 
 from federation.audit import read
 from federation.processes import free_port

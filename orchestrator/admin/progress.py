@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -146,7 +147,12 @@ class StudyView:
         if self.ended == "failed":
             code = Code.of(self.number)
             found = self.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
-            raise FednnunetError(code, f"{found}\n{where}", self.advice)
+            advice = [self.advice]
+            named = set(map(int, re.findall(r"FNU-(\d{3})", found))) - {code.number, Code.SITE_FAILED.number}
+            for number in sorted(named):
+                with contextlib.suppress(KeyError):  # a number that another version knows
+                    advice.append(f"FNU-{number}: {Code.of(number).advice}")
+            raise FednnunetError(code, f"{found}\n{where}", "\n".join(advice))
 
     def remaining(self) -> float | None:
         """Seconds of training to go, from the mean of the last rounds."""

@@ -35,7 +35,7 @@ from rich.console import Console
 from federation import files
 from federation.console import shown
 from federation.errors import Code, FednnunetError
-from federation.processes import Child, Lock, Supervisor, free_port
+from federation.processes import Child, Lock, Supervisor, check_room, free_port
 from federation.study import SITE_NAME, Study
 from orchestrator.admin.progress import StudyView, Tail, print_end, watch
 from orchestrator.admin.reach import control, reaching
@@ -247,7 +247,13 @@ class Simulation:
 
     def _watch(self, view: StudyView, tail: Tail, console: Console) -> None:
         assert self.supervisor is not None
-        watch(view, tail, console, self.supervisor.look, self._doing)
+        watch(view, tail, console, self._look_again, self._doing)
+
+    def _look_again(self) -> None:
+        """A full disk at the orchestrator keeps its journal from saying so."""
+        assert self.supervisor is not None
+        self.supervisor.look()
+        check_room(self.orchestrator)
 
     def _doing(self, site: str) -> str:
         try:

@@ -53,6 +53,7 @@ def submit(
     """Give a study to a running orchestrator. One that was interrupted goes on; one that failed is tried again."""
     from rich.console import Console
 
+    from federation.processes import check_room
     from federation.study import load
     from orchestrator.admin.progress import StudyView, Tail, print_end, watch
     from orchestrator.admin.reach import control, reaching
@@ -71,6 +72,6 @@ def submit(
         view.ended = None
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
     if wait:
-        watch(view, tail, console)
+        watch(view, tail, console, lambda: check_room(state))
         view.raise_failure(f"journal: {folder}")
         print_end(console, view, folder)
