@@ -124,8 +124,6 @@ def _job(job: Mapping[str, object]) -> int:
         assert isinstance(arguments, list)
         os.environ.update(environment)
         status = importlib.import_module(str(job["module"])).main(arguments) or 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 - the fork ends here, whatever happened
         traceback.print_exc()
     finally:

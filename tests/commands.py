@@ -59,6 +59,10 @@ def end(process: subprocess.Popen[str], timeout: float = 180) -> Done:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         raise AssertionError(f"no end within {timeout} s: {Done(process.returncode, out, err)}") from None
+    except BaseException:  # Ctrl-C on the tests
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+        raise
     return Done(process.returncode, out, err)
 
 

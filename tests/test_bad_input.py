@@ -55,6 +55,7 @@ def raw(tmp_path: Path) -> Path:
         (folder / name).mkdir(parents=True)
         dataset = {"channel_names": {"0": "synthetic"}, "labels": labels, "numTraining": 6, "file_ending": ".nii.gz"}
         (folder / name / "dataset.json").write_text(json.dumps(dataset))
+    (tmp_path / "a_file").write_text("not a folder")
     return folder
 
 
@@ -86,7 +87,7 @@ TRAIN = ("simulate", "train")
         (("simulate", "plan_and_preprocess", "301", "-preprocessor_name", "Other"), 105, ["-preprocessor_name"]),
         (("simulate", "extract_fingerprint", "301", "-device", "tpu"), 112, ["device", "cuda"]),
         (
-            ("simulate", "extract_fingerprint", "301", "--state", "nnUNet_raw/Dataset301_Phantom/dataset.json/x"),
+            ("simulate", "extract_fingerprint", "301", "--state", "a_file/x"),
             702,
             [],
         ),
@@ -98,7 +99,7 @@ def test_options_are_refused_before_any_site_is_asked(
 ) -> None:
     done = fednnunet(*arguments, cwd=raw.parent, nnUNet_raw=str(raw))
     refused(done, number, *named)
-    assert "enrolling" not in done.out, "a site was asked"
+    assert "enrolling ..." not in done.out, "a site was asked"
     assert not list(raw.parent.rglob("journal.jsonl")), "a study was begun"
 
 
@@ -219,83 +220,6 @@ def test_a_simulation_whose_state_folder_is_in_use_is_refused(tmp_path: Path) ->
     lock.release()
 
 
-# ---- at the sites: one federation, a study for each fault --------------------------------------------------------
-
-
-class Running:
-    """A federation of two phantom hospitals, one of them with four cases, that runs for the whole module."""
-
-    def __init__(self, simulation: Simulation, folder: Path) -> None:
-        self.simulation, self.folder = simulation, folder
-        self.control = f"127.0.0.1:{simulation._control_port}"
-
-    def submit(self, name: str, sites: list[str], **changes: Any) -> Done:
-        """Run `fednnunet study submit` with a small study."""
-        file = write_study(self.folder / f"{name}.yaml", phantom_study(sites, name=name, **changes))
-        state = self.simulation.orchestrator
-        return fednnunet("study", "submit", file, "--state", state, "--control", self.control, cwd=self.folder)
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str, Path]) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("bad")
-    few = folder / "few"
-    copy_of(tiny_phantom_sites["hospital_b"], few, cases=4)
-    simulation = Simulation(folder / "state", {"hospital_a": tiny_phantom_sites["hospital_a"], "few": few}, ONE_THREAD)
-    with simulation.running():
-        yield Running(simulation, folder)
-
-
-ONE_THREAD = SiteOptions(threads=1)
-
-
-def copy_of(dataset: Path, target: Path, cases: int) -> None:
-    """A dataset with fewer training cases."""
-    shutil.copytree(dataset, target)
-    for label in sorted((target / "labelsTr").iterdir())[cases:]:
-        label.unlink()
-        (target / "imagesTr" / label.name.replace(".nii.gz", "_0000.nii.gz")).unlink()
-    described = json.loads((target / "dataset.json").read_text()) | {"numTraining": cases}
-    (target / "dataset.json").write_text(json.dumps(described))
-
-
-@pytest.mark.parametrize("fold", ["0", "0-4"])
-def test_fewer_than_five_cases_with_five_folds_is_said_by_the_site(running: Running, fold: str) -> None:
-    done = running.submit(f"few_{fold[-1]}", ["few", "hospital_a"], fold=fold)
-    refused(done, 502, "few: FNU-109", "fold all", "journal: ")
-    assert "hospital_a: FNU" not in done.err
-    assert "training" not in done.out
-
-
-def test_labels_that_differ_are_said_by_the_site_and_leave_only_the_number(running: Running) -> None:
-    done = running.submit("labels", ["hospital_a"], labels={"background": 0, "organ": 1, "tumour": 2})
-    refused(done, 502, "hospital_a: FNU-204", "Agree on labels")
-    assert "lesion" not in done.err + done.out, "the site's own labels stay at the site"
-    assert "fingerprinting" not in done.out
-
-
-def test_a_site_that_never_appears_is_named(running: Running, tmp_path: Path) -> None:
-    made = command(
-        APPLIANCE,
-        *("init", "--name", "hospital_z", "--orchestrator", "127.0.0.1:1", "--data", tmp_path),
-        *("--config", tmp_path / "config", "--state", tmp_path / "state", "--device", "cpu"),
-        cwd=tmp_path,
-    )
-    good(made)
-    added = fednnunet(
-        *("site", "add", "hospital_z", tmp_path / "config" / "site.pub"),
-        *("--state", running.simulation.orchestrator, "--control", running.control),
-        cwd=tmp_path,
-    )
-    good(added)
-    done = running.submit("absent", ["hospital_a", "hospital_z"], appear_deadline=1)
-    refused(done, 501, "hospital_z (after 1 s)", "Start its appliance")
-    assert "hospital_a is online" in done.out
-    assert "not registered" not in done.err
-    done = running.submit("unknown", ["hospital_a", "hospital_y"], appear_deadline=1)
-    refused(done, 501, "not registered: hospital_y")
-
-
 # ---- real broken files, through a whole `simulate run` -----------------------------------------------------------
 
 
@@ -352,7 +276,7 @@ def test_a_real_broken_file_ends_the_study_with_the_sites_number_and_the_way_to_
     run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={folder}", "--state", "state")
     done = fednnunet(*run, cwd=tmp_path)
     refused(done, 502, f"hospital_a: FNU-{number}", advice, "site report: ", "journal: ")
-    assert "fingerprinting" not in done.out, "nothing but the number and a count has left the site"
+    assert "fingerprinting ..." not in done.out, "nothing but the number and a count has left the site"
     journal = next((tmp_path / "state" / "orchestrator").rglob("journal.jsonl")).read_text()
     assert f"FNU-{number}" in journal
     assert file not in journal + done.err + done.out, "the file's name stays at the site"
@@ -521,7 +445,7 @@ def test_ctrl_c_in_the_middle_of_a_round_ends_every_process_and_the_second_start
 
     again = good(fednnunet(*run, cwd=tmp_path))
     assert "goes on after: training, round" in again.out, again
-    assert "describing" not in again.out, "what was done is not done again"
+    assert "describing ..." not in again.out, "what was done is not done again"
     assert "round 1 of 4" not in again.out, again
     assert "round 4 of 4" in again.out, again
     assert "model: " in again.out, again
@@ -537,3 +461,79 @@ def lives_below(folder: Path) -> list[str]:
         if str(folder) in line and process.pid != os.getpid() and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(f"{process.pid} {line[:160]}")
     return found
+
+
+# ---- at the sites: one federation, a study for each fault --------------------------------------------------------
+
+
+class Running:
+    """A federation of two phantom hospitals, one of them with four cases, that runs for the whole module."""
+
+    def __init__(self, simulation: Simulation, folder: Path) -> None:
+        self.simulation, self.folder = simulation, folder
+        self.control = f"127.0.0.1:{simulation._control_port}"
+
+    def submit(self, name: str, sites: list[str], **changes: Any) -> Done:
+        """Run `fednnunet study submit` with a small study."""
+        file = write_study(self.folder / f"{name}.yaml", phantom_study(sites, name=name, **changes))
+        state = self.simulation.orchestrator
+        return fednnunet("study", "submit", file, "--state", state, "--control", self.control, cwd=self.folder)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str, Path]) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("bad")
+    few = folder / "few"
+    copy_of(tiny_phantom_sites["hospital_b"], few, cases=4)
+    simulation = Simulation(folder / "state", {"hospital_a": tiny_phantom_sites["hospital_a"], "few": few}, ONE_THREAD)
+    with simulation.running():
+        yield Running(simulation, folder)
+
+
+ONE_THREAD = SiteOptions(threads=1)
+
+
+def copy_of(dataset: Path, target: Path, cases: int) -> None:
+    """A dataset with fewer training cases."""
+    shutil.copytree(dataset, target)
+    for label in sorted((target / "labelsTr").iterdir())[cases:]:
+        label.unlink()
+        (target / "imagesTr" / label.name.replace(".nii.gz", "_0000.nii.gz")).unlink()
+    described = json.loads((target / "dataset.json").read_text()) | {"numTraining": cases}
+    (target / "dataset.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("fold", ["0", "0-4"])
+def test_fewer_than_five_cases_with_five_folds_is_said_by_the_site(running: Running, fold: str) -> None:
+    done = running.submit(f"few_{fold[-1]}", ["few", "hospital_a"], fold=fold)
+    refused(done, 502, "few: FNU-109", "fold all", "journal: ")
+    assert "hospital_a: FNU" not in done.err
+    assert "training ..." not in done.out
+
+
+def test_labels_that_differ_are_said_by_the_site_and_leave_only_the_number(running: Running) -> None:
+    done = running.submit("labels", ["hospital_a"], labels={"background": 0, "organ": 1, "tumour": 2})
+    refused(done, 502, "hospital_a: FNU-204", "Agree on labels", "site report", "examination.txt")
+    assert "lesion" not in done.err + done.out, "the site's own labels stay at the site"
+    assert "fingerprinting ..." not in done.out
+
+
+def test_a_site_that_never_appears_is_named(running: Running, tmp_path: Path) -> None:
+    made = command(
+        APPLIANCE,
+        *("init", "--name", "hospital_z", "--orchestrator", "127.0.0.1:1", "--data", tmp_path),
+        *("--config", tmp_path / "config", "--state", tmp_path / "state", "--device", "cpu"),
+        cwd=tmp_path,
+    )
+    good(made)
+    added = fednnunet(
+        *("site", "add", "hospital_z", tmp_path / "config" / "site.pub"),
+        *("--state", running.simulation.orchestrator, "--control", running.control),
+        cwd=tmp_path,
+    )
+    good(added)
+    done = running.submit("absent", ["hospital_a", "hospital_z"], appear_deadline=1)
+    refused(done, 501, "hospital_z (after 1 s)", "Start its appliance")
+    assert "hospital_a is online" in done.out
+    done = running.submit("unknown", ["hospital_a", "hospital_y"], appear_deadline=1)
+    refused(done, 501, "not registered: hospital_y")

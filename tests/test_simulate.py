@@ -178,7 +178,13 @@ def test_a_killed_simulation_leaves_no_orphan(
     wait_for(lambda: any('"describe"' in path.read_text() for path in tmp_path.glob(journals)), 60, "the first task")
     below = family()
     commands = [" ".join(process.cmdline()) for process in below]
-    for part in ("orchestrator superlink", "orchestrator coordinator", "link supernode", "link link", "appliance.worker"):
+    for part in (
+        "orchestrator superlink",
+        "orchestrator coordinator",
+        "link supernode",
+        "link link",
+        "appliance.worker",
+    ):
         assert any(f"-m {part}" in line or f".{part}" in line for line in commands), f"{part}: {commands}"
     killed_later.kill()
     killed_later.wait()

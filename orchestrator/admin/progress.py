@@ -215,6 +215,11 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
+def report_at_site(study: Study) -> Path:
+    """What a site found wrong with its dataset, with the files' names: below the site's state folder, never here."""
+    return Path("worker") / study.id / "examination" / "examination.txt"
+
+
 class Tail:
     """Reads the lines that are added to a journal by another process."""
 

@@ -37,7 +37,7 @@ from federation.console import shown
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, check_room, free_port
 from federation.study import SITE_NAME, Study
-from orchestrator.admin.progress import StudyView, Tail, print_end, watch
+from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 
@@ -231,7 +231,7 @@ class Simulation:
                 self._control().start(study.model_dump_json())
         view.ended, view.seconds = None, []
         self._watch(view, tail, console)
-        view.raise_failure(self._where(study))
+        view.raise_failure(self._where(view))
         return view
 
     def _so_far(self, study: Study) -> tuple[StudyView, Tail]:
@@ -262,8 +262,11 @@ class Simulation:
         except (OSError, ValueError):
             return ""
 
-    def _where(self, study: Study) -> str:
-        reports = sorted(self.state.glob(f"sites/*/state/worker/{study.id}/report.txt"))
+    def _where(self, view: StudyView) -> str:
+        """Where to look further: the report of each site that found a fault in its dataset, the journal, the logs."""
+        study = view.study
+        faulty = [site for site in self.sites if re.search(rf"\b{re.escape(site)}: FNU-(109|2\d\d)", view.reason)]
+        reports = [self.state / "sites" / site / "state" / report_at_site(study) for site in faulty]
         places = [f"site report: {path}" for path in reports] + [f"journal: {self.study_folder(study)}"]
         return "\n".join([*places, f"logs: {self.state}/sites/*/state/logs, {self.orchestrator / 'logs'}"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def submit(
 
     from federation.processes import check_room
     from federation.study import load
-    from orchestrator.admin.progress import StudyView, Tail, print_end, watch
+    from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
     from orchestrator.admin.reach import control, reaching
 
     study = load(file)
@@ -73,5 +74,7 @@ def submit(
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
     if wait:
         watch(view, tail, console, lambda: check_room(state))
-        view.raise_failure(f"journal: {folder}")
+        faulty = re.search(r"FNU-(109|2\d\d)", view.reason)
+        report = f"site report, in the site's own state folder: {report_at_site(study)}\n" if faulty else ""
+        view.raise_failure(f"{report}journal: {folder}")
         print_end(console, view, folder)
