@@ -64,6 +64,7 @@ def start(
     """Start the processes and keep them alive until Ctrl-C or SIGTERM."""
     from appliance import settings, supervisor
 
+    console.require("appliance", "flwr", "nnunetv2", "torch")
     if end_with_parent:
         processes.end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -40,6 +41,17 @@ def shown(text: str) -> FednnunetError | None:
         if advice and code.title == start[2].strip():
             return FednnunetError(code, found.strip(), rest.splitlines()[0] if rest else "")
     return None
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise FNU-704 unless these modules are installed; `extra` names the extra that brings them."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise FednnunetError(
+            Code.EXTRA_MISSING,
+            f"not installed: {', '.join(missing)}",
+            f"Install the extra: pip install -c constraints.txt '.[{extra}]'",
+        )
 
 
 def run(app: Callable[[], object]) -> None:

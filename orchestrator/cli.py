@@ -36,6 +36,7 @@ def start(
     """Start both processes and keep them alive until Ctrl-C or SIGTERM. A study that was under way goes on."""
     from orchestrator.server import Server
 
+    console.require("orchestrator", "flwr", "nnunetv2", "torch")
     if end_with_parent:
         processes.end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")

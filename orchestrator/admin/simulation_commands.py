@@ -80,6 +80,14 @@ def _go(
     return simulate(parse(study, "options"), state, datasets.sites, options, _console())
 
 
+@app.callback()
+def _needs_everything() -> None:
+    """Say what is missing before anything begins."""
+    from federation.console import require
+
+    require("all", "flwr", "nnunetv2", "torch")
+
+
 @app.command("extract_fingerprint")
 def extract_fingerprint(
     ids: Ids,

@@ -54,11 +54,13 @@ def submit(
     """Give a study to a running orchestrator. One that was interrupted goes on; one that failed is tried again."""
     from rich.console import Console
 
+    from federation.console import require
     from federation.processes import check_room
     from federation.study import load
     from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
     from orchestrator.admin.reach import control, reaching
 
+    require("orchestrator", "flwr")
     study = load(file)
     console = Console()
     folder = state.resolve() / "studies" / study.id
