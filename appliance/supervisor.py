@@ -12,7 +12,7 @@ from typing import Literal
 
 from appliance.settings import Settings
 from federation.errors import Code, FednnunetError
-from federation.processes import Child, Lock, Supervisor, check_port, check_room, free_port, stop_on_signals
+from federation.processes import LEAN, Child, Lock, Supervisor, check_port, check_room, free_port, stop_on_signals
 
 Role = Literal["all", "link", "worker"]
 
@@ -26,7 +26,7 @@ def children(settings: Settings, config: Path | None, role: Role) -> list[Child]
         port = settings.supernode_port or free_port()
         for name in ("supernode", "link"):
             command = [sys.executable, "-m", "appliance.link", name, "--runtime-port", str(port), *arguments]
-            found.append(Child(name, command, logs / f"{name}.log"))
+            found.append(Child(name, command, logs / f"{name}.log", dict(LEAN)))
     if role in ("all", "worker"):
         found.append(Child("worker", [sys.executable, "-m", "appliance.worker", *arguments], logs / "worker.log"))
     return found

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from federation.processes import Child, Lock, Supervisor, check_port, stop_on_signals
+from federation.processes import LEAN, Child, Lock, Supervisor, check_port, stop_on_signals
 from orchestrator.enrollment.authority import Authority
 
 
@@ -54,7 +54,7 @@ class Server:
                 role,
                 [sys.executable, "-m", "orchestrator", role, *self.arguments()],
                 self.state / "logs" / f"{role}.log",
-                {"FLWR_HOME": str(self.state / "flower")},
+                {"FLWR_HOME": str(self.state / "flower"), **LEAN},
             )
             for role in ("superlink", "coordinator")
         ]

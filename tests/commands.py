@@ -51,7 +51,7 @@ def begin(module: str, *arguments: object, cwd: Path, **changes: str | None) -> 
     )
 
 
-def end(process: subprocess.Popen[str], timeout: float = 180) -> Done:
+def end(process: subprocess.Popen[str], timeout: float = 300) -> Done:
     """Wait for a command; one that hangs is ended the way Ctrl-C would, and fails the test."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -66,12 +66,12 @@ def end(process: subprocess.Popen[str], timeout: float = 180) -> Done:
     return Done(process.returncode, out, err)
 
 
-def command(module: str, *arguments: object, cwd: Path, timeout: float = 180, **changes: str | None) -> Done:
+def command(module: str, *arguments: object, cwd: Path, timeout: float = 300, **changes: str | None) -> Done:
     """Run a command to its end."""
     return end(begin(module, *arguments, cwd=cwd, **changes), timeout)
 
 
-def fednnunet(*arguments: object, cwd: Path, timeout: float = 180, **changes: str | None) -> Done:
+def fednnunet(*arguments: object, cwd: Path, timeout: float = 300, **changes: str | None) -> Done:
     """Run `fednnunet ...` to its end."""
     return command(FEDNNUNET, *arguments, cwd=cwd, timeout=timeout, **changes)
 

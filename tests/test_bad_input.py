@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,26 +224,23 @@ def test_a_simulation_whose_state_folder_is_in_use_is_refused(tmp_path: Path) ->
 # ---- real broken files, through a whole `simulate run` -----------------------------------------------------------
 
 
-def hippo_float_label(bad: Path, folder: Path) -> dict[str, Any]:
+def hippo_float_label(bad: Path, folder: Path) -> None:
     """A label stored as float32."""
     _case(bad / "hippo_float_label" / "hippocampus_003_image.nii.gz", folder / "imagesTr" / "hippo_003_0000.nii.gz")
     _case(bad / "hippo_float_label" / "hippocampus_003_label.nii.gz", folder / "labelsTr" / "hippo_003.nii.gz")
-    return {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2}}
 
 
-def grey_mask(bad: Path, folder: Path) -> dict[str, Any]:
-    """An anti-aliased mask with about 160 values."""
-    _case(bad / "label_values" / "image_MCUCXR_0002_0.png", folder / "imagesTr" / "MCUCXR_0002_0000.png")
-    _case(bad / "label_values" / "grey_antialiased_mask_MCUCXR_0002_0.png", folder / "labelsTr" / "MCUCXR_0002.png")
-    return {"channel_names": {"0": "X-ray"}, "labels": {"background": 0, "lung": 1}, "file_ending": ".png"}
-
-
-def lfs_pointer(bad: Path, folder: Path) -> dict[str, Any]:
+def lfs_pointer(bad: Path, folder: Path) -> None:
     """A Git LFS pointer where an image should be."""
     pointer = bad / "lfs_pointers" / "ProstateX-0000_07-07-2011.nii.gz"
     _case(pointer, folder / "imagesTr" / "ProstateX-0000_0000.nii.gz")
     _case(pointer, folder / "labelsTr" / "ProstateX-0000.nii.gz")
-    return {"channel_names": {"0": "T2"}, "labels": {"background": 0, "lesion": 1}}
+
+
+def grey_mask(bad: Path, folder: Path) -> None:
+    """An anti-aliased mask with about 160 values."""
+    _case(bad / "label_values" / "image_MCUCXR_0002_0.png", folder / "imagesTr" / "MCUCXR_0002_0000.png")
+    _case(bad / "label_values" / "grey_antialiased_mask_MCUCXR_0002_0.png", folder / "labelsTr" / "MCUCXR_0002.png")
 
 
 def _case(source: Path, target: Path) -> None:
@@ -250,41 +248,59 @@ def _case(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A real broken file at a site, and what has to be said of it."""
+
+    make: Callable[[Path, Path], None]
+    number: int
+    file: str
+    advice: str
+
+
+MRI = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "one": 1, "two": 2}, "file_ending": ".nii.gz"}
+X_RAY = {"channel_names": {"0": "X-ray"}, "labels": {"background": 0, "lung": 1}, "file_ending": ".png"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "number", "file", "advice"),
+    ("contract", "broken"),
     [
-        (hippo_float_label, 216, "hippo_003.nii.gz", "accept_float_labels"),
-        (grey_mask, 215, "MCUCXR_0002.png", "Threshold"),
-        (lfs_pointer, 211, "ProstateX-0000_0000.nii.gz", "git lfs pull"),
+        (
+            MRI,
+            {
+                "hospital_a": Broken(hippo_float_label, 216, "hippo_003.nii.gz", "accept_float_labels"),
+                "hospital_b": Broken(lfs_pointer, 211, "ProstateX-0000_0000.nii.gz", "git lfs pull"),
+            },
+        ),
+        (X_RAY, {"hospital_a": Broken(grey_mask, 215, "MCUCXR_0002.png", "Threshold")}),
     ],
+    ids=["a float label and an LFS pointer", "an anti-aliased mask"],
 )
 def test_a_real_broken_file_ends_the_study_with_the_sites_number_and_the_way_to_its_report(
-    shared_data: Path,
-    tmp_path: Path,
-    no_process_left: None,
-    make: Callable[[Path, Path], dict[str, Any]],
-    number: int,
-    file: str,
-    advice: str,
+    shared_data: Path, tmp_path: Path, no_process_left: None, contract: dict[str, Any], broken: dict[str, Broken]
 ) -> None:
-    folder = tmp_path / "Dataset400_Broken"
-    contract = {"file_ending": ".nii.gz", **make(shared_data / "bad", folder)}
-    (folder / "dataset.json").write_text(json.dumps({**contract, "numTraining": 1}))
-    study = phantom_study(["hospital_a"], dataset="Dataset400_Broken", **contract)
-    write_study(tmp_path / "study.yaml", study)
-    run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={folder}", "--state", "state")
-    done = fednnunet(*run, cwd=tmp_path)
-    refused(done, 502, f"hospital_a: FNU-{number}", advice, "site report: ", "journal: ")
+    options: list[str] = []
+    for site, fault in broken.items():
+        folder = tmp_path / site / "Dataset400_Broken"
+        fault.make(shared_data / "bad", folder)
+        (folder / "dataset.json").write_text(json.dumps({**contract, "numTraining": 1}))
+        options += ["--site", f"{site}={folder}"]
+    write_study(tmp_path / "study.yaml", phantom_study(list(broken), dataset="Dataset400_Broken", **contract))
+    done = fednnunet("simulate", "run", "study.yaml", *options, "--state", "state", cwd=tmp_path)
+    refused(done, 502, "journal: ")
     assert "fingerprinting ..." not in done.out, "nothing but the number and a count has left the site"
     journal = next((tmp_path / "state" / "orchestrator").rglob("journal.jsonl")).read_text()
-    assert f"FNU-{number}" in journal
-    assert file not in journal + done.err + done.out, "the file's name stays at the site"
-    report = re.search(r"^site report: (.*)$", done.err, re.MULTILINE)
-    assert report, done
-    written = Path(report[1]).read_text()
-    assert f"FNU-{number}" in written
-    assert file in written
+    reports = re.findall(r"^site report: (.*)$", done.err, re.MULTILINE)
+    assert len(reports) == len(broken), done
+    for (site, fault), report in zip(sorted(broken.items()), reports, strict=True):
+        assert f"{site}: FNU-{fault.number}" in done.err
+        assert fault.advice in done.err, "what to do about the site's number, not only about the study"
+        assert f"FNU-{fault.number}" in journal
+        assert fault.file not in journal + done.err + done.out, "the file's name stays at the site"
+        written = Path(report).read_text()
+        assert f"FNU-{fault.number}" in written
+        assert fault.file in written
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------------
@@ -351,7 +367,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_training_is_said_and_the_same_com
     where: str,
 ) -> None:
     disk = small_disk(tmp_path / "state" / where, 32)
-    study = phantom_study(["hospital_a"], rounds=4, iterations_per_epoch=10)
+    study = phantom_study(["hospital_a"], rounds=4)
     write_study(tmp_path / "study.yaml", study)
     data = tiny_phantom_sites["hospital_a"]
     run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={data}", "--state", "state")
@@ -360,7 +376,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_training_is_said_and_the_same_com
     shown.wait_for("round 1 of 4", 120)
     filler = fill(disk)
     done = shown.end()
-    assert "FNU-702 " in done.err, done
+    assert "FNU-702" in done.err, done
     assert "Free space" in done.err, done
     refused(done, int(done.err[4:7]))
     assert done.status in (15, 17), done
@@ -426,7 +442,7 @@ class Shown:
 def test_ctrl_c_in_the_middle_of_a_round_ends_every_process_and_the_second_start_goes_on(
     tmp_path: Path, tiny_phantom_sites: dict[str, Path], no_process_left: None
 ) -> None:
-    study = phantom_study(["hospital_a"], rounds=4, iterations_per_epoch=20)
+    study = phantom_study(["hospital_a"], rounds=4, iterations_per_epoch=15)
     write_study(tmp_path / "study.yaml", study)
     data = tiny_phantom_sites["hospital_a"]
     run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={data}", "--state", "state")

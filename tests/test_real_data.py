@@ -39,6 +39,7 @@ LUNG = {
     "labels": {"background": 0, "lung": 1},
     "file_ending": ".png",
     "configuration": "2d",
+    "overwrite_target_spacing": [999.0, 2.0, 2.0],  # a patch of the small network then covers the whole image
     "fold": "0",
     "rounds": 8,
     "iterations_per_epoch": 25,
@@ -150,25 +151,33 @@ def untrained(done: Done, folder: Path, cases: int = 3) -> dict[str, float]:
     return result
 
 
-THRESHOLDS = {"lungs": {"lung": 0.5}, "hippocampus": {"anterior": 0.3, "posterior": 0.3}}
+# Where these lie, with the same network and iterations (seed and data as here, 2 cores, 2026-11-23): the lung study
+# gave 0.887 (jsrt_jp), 0.795 (montgomery_us), 0.840 (shenzhen_cn). Models of one site that were never averaged (that
+# site alone, fold all) gave at the three, in this order: jsrt_jp's 0.868, 0.757, 0.730; montgomery_us's 0.854, 0.763,
+# 0.612; shenzhen_cn's 0.863, 0.825, 0.876. Each fails somewhere. A threshold at the mean grey value gives 0.70, 0.50,
+# 0.49. Hippocampus gave 0.75 to 0.81; its sites differ in scale alone, which nnU-Net's normalisation takes away, so
+# that a model of one site fits the others (0.68 to 0.75: benchmarks/accuracy.py): there only the untrained one fails.
+THRESHOLDS = {
+    "lungs": {"jsrt_jp": 0.865, "montgomery_us": 0.775, "shenzhen_cn": 0.78},
+    "hippocampus": dict.fromkeys(HIPPOCAMPUS["sites"], 0.6),
+}
 
 
 @pytest.mark.parametrize("name", ["lungs", "hippocampus"])
-def test_the_global_model_segments_every_sites_labelsts_and_an_untrained_one_does_not(
+def test_the_global_model_segments_labelsts_of_every_site_and_an_untrained_one_does_not(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     done: Done = request.getfixturevalue(name)
     scores = done.scores()
     before = untrained(done, tmp_path)
     assert set(scores) == set(before) == set(done.study.sites)
-    print({site: {label: score.mean for label, score in answer.test.items()} for site, answer in scores.items()}, before)
     for site, answer in scores.items():
         labels = len(list((done.data[site] / "labelsTs").glob(f"*{done.study.file_ending}")))
         assert answer.test_cases == labels
-        assert set(answer.test) == set(THRESHOLDS[name])
+        assert set(answer.test) == set(done.study.labels) - {"background"}
         for label, score in answer.test.items():
-            assert score.mean > THRESHOLDS[name][label], f"{site}, {label}"
-        assert before[site] < 0.5 * min(THRESHOLDS[name].values()), "an untrained network"
+            assert score.mean > THRESHOLDS[name][site], f"{site}, {label}"
+        assert before[site] < 0.5 * THRESHOLDS[name][site], "an untrained network"
 
 
 def test_fold_0_holds_cases_out_and_fold_all_holds_none(lungs: Done, hippocampus: Done) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import zipfile
@@ -134,21 +135,24 @@ def test_plans_that_were_not_made_are_refused_by_the_name_of_those_that_were(des
     refused(desk.simulate("train", IDS, "3d_fullres", "all"), 107, "nnUNetPlans", "there: nnUNetSmallPlans")
 
 
-def test_fold_0_to_4_trains_five_models_one_after_the_other(desk: Desk, planned: Done) -> None:
-    done = good(
-        desk.simulate(
-            *("train", IDS, "3d_fullres", "0-4", "-p", "nnUNetSmallPlans"),
-            *("--rounds", 1, "--iterations", 2, "--validation-iterations", 1, "--state", desk.state),
-        )
-    )
-    order = re.findall(r"^fold (\d), round 1 of 1: ", done.out, re.MULTILINE)
-    assert order == ["0", "1", "2", "3", "4"]
+def test_fold_0_to_4_trains_five_models_one_after_the_other(
+    no_process_left: None, tmp_path: Path, tiny_phantom_sites: dict[str, Path]
+) -> None:
+    data = tmp_path / "Dataset301_Phantom"
+    shutil.copytree(tiny_phantom_sites["hospital_a"], data, ignore=shutil.ignore_patterns("imagesTs", "labelsTs"))
+    study = phantom_study(["hospital_a"], fold="0-4", rounds=1, iterations_per_epoch=2)
+    write_study(tmp_path / "study.yaml", study)
+    run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={data}", "--state", "state")
+    done = good(fednnunet(*run, cwd=tmp_path, timeout=400))
+    assert re.findall(r"^fold (\d), round 1 of 1: ", done.out, re.MULTILINE) == ["0", "1", "2", "3", "4"]
     path = re.search(r"^model: (.*\.zip) \(", done.out, re.MULTILINE)
     assert path
     names = zipfile.ZipFile(path[1]).namelist()
+    at_site = {file.parent.name for file in (tmp_path / "state" / "sites").rglob("fold_*/checkpoint_final.pth")}
     for fold in range(5):
         assert any(name.endswith(f"/fold_{fold}/checkpoint_final.pth") for name in names), names
-        assert f"(fold {fold})" in " ".join(done.out.split()), "a table for each fold"
+        assert f"fold_{fold}" in at_site
+        assert re.search(rf"hospital_a .* [12] \(fold {fold}\)", done.out), "a table for each fold, of its own cases"
 
 
 @pytest.fixture

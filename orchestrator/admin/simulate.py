@@ -62,9 +62,11 @@ class SiteOptions:
 
     @classmethod
     def for_device(cls, device: str, sites: int, np: int | None = None, npfp: int | None = None) -> SiteOptions:
-        """On a CPU the sites share the cores; on a GPU nnU-Net's own choices hold."""
+        """On a CPU the sites share the cores, or have OMP_NUM_THREADS each; on a GPU nnU-Net's own choices hold."""
         if device == "cpu":
-            return cls(device, np or 1, npfp or 1, 0, max(1, (os.cpu_count() or 1) // sites))
+            asked = os.environ.get("OMP_NUM_THREADS", "")
+            threads = int(asked) if asked.isdigit() and int(asked) else max(1, (os.cpu_count() or 1) // sites)
+            return cls(device, np or 1, npfp or 1, 0, threads)
         return cls(device, np, npfp, None, None)
 
 
