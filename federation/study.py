@@ -21,6 +21,7 @@ from federation.errors import Code, FednnunetError
 from federation.files import sha256_json
 
 SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+MOST_FAULTS = 12
 SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 Fold = Literal["0", "1", "2", "3", "4", "0-4", "all"]
 StopAfter = Literal["describe", "fingerprint", "plan", "prepare", "finish"]
@@ -236,6 +237,8 @@ def parse(value: Any, where: str = "the study") -> Study:
             if fault["type"] == "extra_forbidden":
                 message = "this key is not known"
             faults.append(f"  {place}: {message}")
+        if len(faults) > MOST_FAULTS:
+            faults = [*faults[:MOST_FAULTS], f"  and {len(faults) - MOST_FAULTS} more"]
         raise FednnunetError(Code.STUDY_INVALID, f"{where}\n" + "\n".join(faults)) from error
 
 

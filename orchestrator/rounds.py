@@ -121,11 +121,9 @@ class Exchange:
             if not absent:
                 return
             if time.monotonic() > end:
-                unknown = [site for site in absent if site not in nodes]
-                detail = f"{', '.join(absent)} (after {deadline:.0f} s)"
-                if unknown:
-                    detail += f"; not registered: {', '.join(unknown)}"
-                raise FednnunetError(Code.SITE_NEVER_APPEARED, detail)
+                raise FednnunetError(
+                    Code.SITE_NEVER_APPEARED, f"not online within {deadline:.0f} s: {', '.join(sorted(absent))}"
+                )
             time.sleep(self._poll)
 
     def ask(
@@ -263,9 +261,14 @@ class Exchange:
                     log.info("%s: lost %s (%s), it is sent again", site, task.key, received.error_reason)
                     return "again"
                 if result is None:
-                    raise FednnunetError(Code.SITE_FAILED, f"{site}, {task.key}: {received.error_reason}")
+                    reason = received.error_reason or f"Flower's error {received.error_code}"
+                    self._journal.write("failed_answer", site=site, key=task.key, attempt=task.attempt, reason=reason)
+                    outcome.missing[site] = reason
+                    return ""
                 check_answer(task, result)
             except FednnunetError as error:
+                if error.code is Code.DISK_FULL:  # this machine's fault, not the site's
+                    raise
                 self._refuse(task, None, incoming, error)
                 outcome.missing[site] = f"{error.scrubbed()}: {error.found}"
                 return ""

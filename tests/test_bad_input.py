@@ -552,4 +552,4 @@ def test_a_site_that_never_appears_is_named(running: Running, tmp_path: Path) ->
     refused(done, 501, "hospital_z (after 1 s)", "Start its appliance")
     assert "hospital_a is online" in done.out
     done = running.submit("unknown", ["hospital_a", "hospital_y"], appear_deadline=1)
-    refused(done, 501, "not registered: hospital_y")
+    refused(done, 501, "hospital_y")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from appliance import settings as site_settings
 from appliance.worker import process
+from federation import console
 from federation.errors import FednnunetError
 
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return Worker(settings, stop).run()
     except FednnunetError as error:
-        print(f"{error}\n{error.advice}", file=sys.stderr)
+        console.show(error)
         return error.exit_status
 
 

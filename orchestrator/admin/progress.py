@@ -276,7 +276,7 @@ def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> T
 
     `test` scores (imagesTs against labelsTs) are shown where a site has them, else those of the fold's held-out cases.
     """
-    table = Table(title=f"Dice of the global model on each site's held-out cases (fold {fold})")
+    table = Table(title=f"Dice of the global model on held-out cases, fold {fold}")
     table.add_column("site")
     table.add_column("held-out cases")
     parsed = {site: Validation.model_validate(value) for site, value in sites.items()}

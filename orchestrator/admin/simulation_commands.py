@@ -69,23 +69,23 @@ def _state(state: Path | None, ids: str) -> Path:
     return state or Path("fednnunet-state") / "_".join(ids.replace(",", " ").split())
 
 
+def _need_everything() -> None:
+    """Say what is missing of the installation before anything begins."""
+    from federation.console import require
+
+    require("all", "flwr", "nnunetv2", "torch")
+
+
 def _go(
     study: dict[str, Any], datasets: Datasets, state: Path, device: str, np: int | None = None, npfp: int | None = None
 ) -> Path:
     """Run a study over datasets; returns its folder at the orchestrator."""
+    _need_everything()
     from federation.study import parse
     from orchestrator.admin.simulate import SiteOptions, simulate
 
     options = SiteOptions.for_device(device, len(datasets.sites), np, npfp)
     return simulate(parse(study, "options"), state, datasets.sites, options, _console())
-
-
-@app.callback()
-def _needs_everything() -> None:
-    """Say what is missing before anything begins."""
-    from federation.console import require
-
-    require("all", "flwr", "nnunetv2", "torch")
 
 
 @app.command("extract_fingerprint")
@@ -329,6 +329,7 @@ def run(
     npfp: Npfp = None,
 ) -> None:
     """Run a study from end to end: describe, fingerprint, plan, prepare, train, validate, finish."""
+    _need_everything()
     from federation.errors import Code, FednnunetError
     from federation.study import load
     from orchestrator.admin.simulate import SiteOptions, simulate
@@ -360,6 +361,7 @@ def demo(
     iterations: Annotated[int, typer.Option("--iterations", help="Iterations in a round.")] = 25,
 ) -> None:
     """Make three phantom hospitals (synthetic images) and run a whole study on them, on the CPU."""
+    _need_everything()
     from federation.study import parse
     from orchestrator.admin.phantom import make_phantom_sites
     from orchestrator.admin.simulate import SiteOptions, simulate
