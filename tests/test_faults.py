@@ -7,6 +7,7 @@ process while round 2 is being trained. Training is seeded and has one thread, s
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import threading
@@ -85,18 +86,29 @@ class Federation:
     def run(self, study: Study) -> None:
         self.simulation.conduct(study, Console(file=io.StringIO()))
 
-    def run_and_disturb(self, study: Study, disturb: Callable[[], object], after: float = 0.6) -> None:
-        """Run a study; `after` seconds after both sites were sent round 2, disturb it."""
+    def works_on(self, site: str) -> str | None:
+        """The task that a site's worker says it is doing."""
+        path = self.simulation.state / "sites" / site / "state" / "worker" / "status.json"
+        return json.loads(path.read_text())["task"] if path.exists() else None
+
+    def run_and_disturb(self, study: Study, disturb: Callable[[], object], during: str | None = "hospital_a") -> None:
+        """Run a study; disturb round 2 while the worker of `during` trains it, or as soon as both sites are asked."""
         key = "train-fold_all-0002"
         failure: list[BaseException] = []
+
+        def begun() -> bool:
+            if during is not None:
+                return self.works_on(during) == key
+            return all(self.asked(study, key, site) for site in SITES)
 
         def wait_and_disturb() -> None:
             try:
                 end = time.monotonic() + 120
-                while not all(self.asked(study, key, site) for site in SITES):
+                while not (begun() and self.asked(study, key, "hospital_a")):
                     assert time.monotonic() < end, "round 2 never began"
                     time.sleep(0.02)
-                time.sleep(after)
+                if during is not None:
+                    time.sleep(0.2)  # into the middle of the round
                 assert not any(line["event"] == "closed" and line["round"] == 2 for line in self.journal(study)), (
                     "the round was over before it could be disturbed"
                 )
@@ -164,7 +176,7 @@ def test_a_site_that_falls_silent_is_left_out_at_the_deadline_and_the_record_say
     silent = study("silent_site", quorum=1, round_deadline=15, rounds=2)
     worker = federation.process("appliance.worker", "hospital_b")
     try:
-        federation.run_and_disturb(silent, worker.suspend, after=0.0)
+        federation.run_and_disturb(silent, worker.suspend, during=None)
     finally:
         worker.resume()
     closed = {line["round"]: line for line in federation.journal(silent) if line["event"] == "closed"}

@@ -25,7 +25,7 @@ from federation.errors import Code, FednnunetError
 from federation.flower import clients
 from federation.flower.runner import Answer, Asked, Stop, serve_tasks
 from federation.flower.transfer import file_array
-from federation.tasks import Task, parse_task
+from federation.tasks import Kind, Task, parse_task
 
 log = logging.getLogger("fednnunet.link")
 
@@ -74,9 +74,10 @@ class Link:
         return Answer(parcel.body.read_text(), file_array(parcel.weights) if parcel.weights else None)
 
     def _forget_earlier(self, task: Task) -> None:
-        """A new round means that the one before the last is recorded at the orchestrator: free its weights."""
-        if task.round is not None and task.round > 1:
-            self._spool.forget(task.model_copy(update={"round": task.round - 1}))
+        """A new task of a fold means that the round before it is recorded at the orchestrator: free its weights."""
+        if task.fold is not None:
+            before = task.study.rounds if task.round is None else task.round - 1
+            self._spool.forget(task.model_copy(update={"kind": Kind.TRAIN, "round": before}))
 
 
 def runner_secret(settings: Settings) -> Path:

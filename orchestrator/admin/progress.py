@@ -192,7 +192,9 @@ class StudyView:
                 size(site.sent),
                 size(site.received),
             )
-        return Group(head, steps, ProgressBar(total=self.all_rounds, completed=self.done_rounds), table)
+        bar = Table.grid(expand=True)
+        bar.add_row(ProgressBar(total=self.all_rounds, completed=self.done_rounds))
+        return Group(head, steps, bar, table)
 
 
 def _mean(values: list[float | None]) -> str:
