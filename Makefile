@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # One thread for each process: several nnU-Nets share the cores in tests and in the demo.
-ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUTF8=1
 PACKAGES := federation appliance orchestrator
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format benchmark docs clean distclean
+.PHONY: help demo test test-long lint format benchmark docs clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,12 @@ help: ## show this list
 demo: $(READY) ## three phantom hospitals train one model on this machine (under 4 minutes on 2 cores)
 	@$(BIN)/fednnunet simulate demo
 
-test: $(READY) ## all tests that need no container engine and no helm
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not containers and not charts and not benchmark" $(PYTEST_ARGS)
+test: $(READY) ## unit tests and whole federations on this machine (under 15 minutes on 2 cores)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not containers and not charts and not benchmark" \
+	    --durations=10 $(PYTEST_ARGS)
+
+test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m long --durations=10 $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, mypy --strict and the layer rules
 	$(BIN)/ruff check .

@@ -184,7 +184,11 @@ def train(study: Mapping[str, Any], sources: Mapping[str, Path], sites: Mapping[
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
-            [sys.executable, __file__, "--child", place], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, __file__, "--child", place],
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{study['name']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

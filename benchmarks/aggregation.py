@@ -122,7 +122,7 @@ def main() -> None:
                 [sys.executable, __file__, "--child", str(count), "--folder", str(folder)],
                 check=True,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
             ).stdout
             rows.append(json.loads(output))
     parameters = sum(spec.nbytes for spec in specs.values()) // 4

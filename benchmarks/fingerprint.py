@@ -237,7 +237,11 @@ def measure(what: str, sites: list[Path]) -> dict[str, Any]:
             "nnUNet_results": str(folder / "results"),
         }
         done = subprocess.run(
-            [sys.executable, __file__, "--child", place], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, __file__, "--child", place],
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{what} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

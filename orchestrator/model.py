@@ -340,7 +340,9 @@ def _write_fold(folder: Path, network: Any, weights: Path, request: Mapping[str,
     (folder / native.CHECKPOINT).write_bytes(buffer.getvalue())
     logger.plot_progress_png(str(folder))
     (folder / "validation").mkdir()
-    (folder / "validation" / "summary.json").write_text(json.dumps(request["summary"][fold], indent=4))
+    (folder / "validation" / "summary.json").write_text(
+        json.dumps(request["summary"][fold], indent=4), encoding="utf-8"
+    )
 
 
 def warm() -> None:

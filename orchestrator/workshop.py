@@ -41,7 +41,7 @@ class Workshop:
             [sys.executable, "-m", "orchestrator.workshop"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             env=environment
             | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "nnUNet_compile": "false"}
             | {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_wandb_enabled": "0"},

@@ -316,7 +316,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], Path]]:
         tried = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         if tried.returncode != 0:
@@ -357,7 +357,7 @@ def assert_nothing_half_written(folder: Path) -> None:
     assert not left, left
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["orchestrator", "sites/hospital_a/state"])
 def test_a_disk_that_fills_up_in_the_middle_of_training_is_said_and_the_same_command_ends_the_study(
     tmp_path: Path,
@@ -549,7 +549,7 @@ def test_a_site_that_never_appears_is_named(running: Running, tmp_path: Path) ->
     )
     good(added)
     done = running.submit("absent", ["hospital_a", "hospital_z"], appear_deadline=1)
-    refused(done, 501, "hospital_z (after 1 s)", "Start its appliance")
+    refused(done, 501, "hospital_z", "Start its appliance")
     assert "hospital_a is online" in done.out
     done = running.submit("unknown", ["hospital_a", "hospital_y"], appear_deadline=1)
     refused(done, 501, "hospital_y")

@@ -118,5 +118,7 @@ def test_all_three_are_made_in_five_seconds_of_cpu(tmp_path: Path) -> None:
 
 def test_importing_the_module_loads_neither_numpy_nor_simpleitk(repository: Path) -> None:
     program = "import sys, orchestrator.admin.phantom; print({'numpy', 'SimpleITK', 'torch'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, cwd=repository, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=repository, capture_output=True, encoding="utf-8"
+    )
     assert done.stdout.strip() == "set()"

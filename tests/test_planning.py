@@ -259,5 +259,5 @@ planning.plan(pooled, Study.model_validate_json((folder / "study.json").read_tex
 assert not {"torch", "nnunetv2"} & set(sys.modules)
 """
     root = Path(planning.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr

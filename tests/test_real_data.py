@@ -94,7 +94,7 @@ def lungs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
             *("--state", str(folder / "state"), *(f"--site={site}={path}" for site, path in data.items())),
         ],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
         check=False,
     )
@@ -202,7 +202,7 @@ def command(name: str, results: Path, *arguments: object) -> None:
         [Path(sys.executable).with_name(name), *map(str, arguments)],
         env={**os.environ, **folders, "nnUNet_def_n_proc": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
         check=False,
     )

@@ -143,7 +143,7 @@ def test_help_of_every_command_answers_where_torch_flower_and_nnunet_are_not_ins
         [sys.executable, "-c", ALL_HELP, PROGRAMS[program], paths, json.dumps(EXTRAS)],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
 
@@ -266,7 +266,9 @@ def test_layer_rules_catch(tmp_path: Path, file: str, forbidden: str) -> None:
         stream.write(f"\n\ndef _breach():\n    import {forbidden}\n")
     check = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "BROKEN" in done.stdout
     assert forbidden in done.stdout
@@ -276,7 +278,7 @@ def test_layer_rules_catch(tmp_path: Path, file: str, forbidden: str) -> None:
 
 
 def test_make_knows_the_agreed_targets() -> None:
-    done = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
     for target in ("demo", "test", "lint", "benchmark", "clean"):
         assert f"make {target} " in done.stdout
 

@@ -208,11 +208,13 @@ for attempt in (
 socket.socket(socket.AF_UNIX).close()
 socket.socketpair()
 child = "import socket; socket.socket(socket.AF_UNIX).close(); socket.socket(socket.AF_INET6)"
-done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+done = subprocess.run([sys.executable, "-c", child], capture_output=True, encoding="utf-8")
 assert not kernel or "PermissionError" in done.stderr, done.stderr
 print(kernel)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -220,7 +222,7 @@ def test_a_setting_that_is_not_valid_is_a_numbered_error(tmp_path: Path) -> None
     config = tmp_path / "site.toml"
     config.write_text('name = "hospital_a"\norchestrator = "localhost:1"\ngpu = 1\n')
     arguments = [sys.executable, "-m", "appliance.worker", "--config", str(config)]
-    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 11
     assert "FNU-112" in done.stderr
     assert "Traceback" not in done.stderr

@@ -28,7 +28,7 @@ def command(name: str, results: Path, *arguments: object) -> None:
         [Path(sys.executable).with_name(name), *map(str, arguments)],
         env={**os.environ, **folders, "nnUNet_def_n_proc": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=200,
         check=False,
     )

@@ -71,7 +71,7 @@ class Link:
         parcel = self._spool.result_parcel(task)
         self._ledger.leaving(result, parcel.body, parcel.weights)
         log.info("%s %s: %s", task.study.name, task.key, result.failure.describe() if result.failure else "done")
-        return Answer(parcel.body.read_text(), file_array(parcel.weights) if parcel.weights else None)
+        return Answer(parcel.body.read_text(encoding="utf-8"), file_array(parcel.weights) if parcel.weights else None)
 
     def _forget_earlier(self, task: Task) -> None:
         """A new task of a fold means that the round before it is recorded at the orchestrator: free its weights."""

@@ -274,7 +274,7 @@ class Simulation:
 
 
 def _command(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
         raise shown(done.stderr) or FednnunetError(Code.SETTINGS_INVALID, (done.stderr or done.stdout).strip())
 
