@@ -34,6 +34,9 @@ log = logging.getLogger("fednnunet.rounds")
 
 MAX_ATTEMPTS = 5
 LOOK_AT_NODES = 1.0  # seconds between two looks at who is online
+LAST_WORDS = 20.0
+"""Seconds that an exchange which cannot succeed any more still listens, so that a person reads the faults of all sites
+at once and not of the quickest alone."""
 
 
 class Carrier(Protocol):
@@ -147,7 +150,7 @@ class Exchange:
         accept : callable
             Checks an answer and its weights file; raises FNU-505 to refuse it.
         needed : int
-            With fewer the exchange ends at once: it cannot succeed any more.
+            With fewer the exchange cannot succeed: it ends once all have answered, or after `LAST_WORDS`.
         deadline : float
             Seconds from now.
         max_weights : int
@@ -166,6 +169,7 @@ class Exchange:
         reasons: dict[str, str] = {}
         nodes: dict[str, Node] = {}
         end, looked, expired = time.monotonic() + deadline, 0.0, threading.Event()
+        hopeless = 0.0
 
         def open_sites() -> list[str]:
             return [site for site in everyone if site not in outcome.answers and site not in outcome.missing]
@@ -177,8 +181,10 @@ class Exchange:
                     now = time.monotonic()
                     if now > end:
                         break
-                    if len(everyone) - len(outcome.missing) < needed and not fetching:
-                        break
+                    if len(everyone) - len(outcome.missing) < needed:
+                        hopeless = hopeless or now
+                        if not fetching and (not outstanding or now - hopeless > LAST_WORDS):
+                            break
                     if now - looked >= LOOK_AT_NODES:
                         nodes, looked = self._carrier.nodes(), now
                     for site in open_sites():

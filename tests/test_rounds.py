@@ -19,6 +19,7 @@ from federation.flower.runner import SITE_LOST, Node
 from federation.flower.transfer import Ready, Received
 from federation.study import Study, parse
 from federation.tasks import Kind, Result, Task, parse_task
+from orchestrator import rounds
 from orchestrator.journal import Journal
 from orchestrator.rounds import Errand, Exchange, Outcome
 
@@ -193,12 +194,26 @@ def test_a_site_that_always_asks_again_is_given_up(journal: Journal) -> None:
     assert [task.site for task in network.pushed].count("b") == 5
 
 
-def test_an_exchange_that_cannot_succeed_any_more_ends_before_the_deadline(journal: Journal) -> None:
+def test_an_exchange_that_cannot_succeed_any_more_ends_before_the_deadline(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "LAST_WORDS", 0.3)
     network = SimulatedNetwork({"a": failing(401), "b": failing(401), "c": lambda _: None})
     started = time.monotonic()
-    outcome = ask(network, journal, deadline=60, needed=2)
-    assert time.monotonic() - started < 10
+    outcome = ask(network, journal, deadline=600, needed=2)
+    assert time.monotonic() - started < 300
     assert sorted(outcome.missing) == ["a", "b", "c"]
+
+
+def test_the_faults_of_all_sites_are_heard_not_those_of_the_quickest_alone(journal: Journal) -> None:
+    calls = itertools.count()
+
+    def slow(task: Task) -> Result | None:
+        return failing(211)(task) if next(calls) > 20 else None
+
+    outcome = ask(SimulatedNetwork({"a": failing(216), "b": slow, "c": description}), journal, needed=3)
+    assert "FNU-216" in outcome.missing["a"]
+    assert "FNU-211" in outcome.missing["b"]
 
 
 def test_an_answer_that_is_refused_goes_to_quarantine_and_the_others_count(journal: Journal) -> None:
