@@ -171,6 +171,7 @@ def test_kill_9_in_the_middle_of_a_round_ends_in_the_same_bytes(
     assert [line["participants"] for line in closed] == [list(SITES)] * 3, "nobody was left out"
 
 
+@pytest.mark.long
 def test_a_site_that_falls_silent_is_left_out_at_the_deadline_and_the_record_says_so(federation: Federation) -> None:
     """Quorum 1 of 2: the rounds go on without the silent site, nothing is hidden, and the site is back afterwards."""
     silent = study("silent_site", quorum=1, round_deadline=15, rounds=2)
@@ -188,6 +189,7 @@ def test_a_site_that_falls_silent_is_left_out_at_the_deadline_and_the_record_say
     assert list(exported["validation"]["all"]["missing"]) == ["hospital_b"]
 
 
+@pytest.mark.long
 def test_the_site_that_was_silent_takes_part_again(federation: Federation, undisturbed: str) -> None:
     after = study("after_silence")
     federation.run(after)
