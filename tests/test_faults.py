@@ -73,15 +73,23 @@ class Federation:
         )
 
     def process(self, command: str, site: str = "") -> psutil.Process:
-        """The one process of this federation with this in its command line; forked children do not count."""
-        found = {}
-        for process in psutil.process_iter(["cmdline"]):
-            line = " ".join(process.info["cmdline"] or [])
-            if f"-m {command} " in line and str(self.simulation.state) in line and site in line:
-                found[process.pid] = process
-        tops = [process for process in found.values() if process.ppid() not in found]
-        assert len(tops) == 1, f"{command} {site}: {tops}"
-        return tops[0]
+        """The one process of this federation with this in its command line, once it is there.
+
+        Forked children, which have the same command line, do not count.
+        """
+        end = time.monotonic() + 60
+        while True:
+            found = {}
+            for process in psutil.process_iter(["cmdline", "status"]):
+                line = " ".join(process.info["cmdline"] or [])
+                alive = process.info["status"] != psutil.STATUS_ZOMBIE
+                if alive and f"-m {command} " in line and str(self.simulation.state) in line and site in line:
+                    found[process.pid] = process
+            tops = [process for process in found.values() if process.ppid() not in found]
+            if len(tops) == 1:
+                return tops[0]
+            assert time.monotonic() < end, f"{command} {site}: {tops}"
+            time.sleep(0.1)
 
     def run(self, study: Study) -> None:
         self.simulation.conduct(study, Console(file=io.StringIO()))
