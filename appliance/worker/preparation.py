@@ -16,6 +16,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,11 +25,11 @@ from typing import Any
 
 from appliance.settings import Settings
 from appliance.worker.dataset import Examination
-from appliance.worker.process import end_with_parent
 from appliance.worker.workspace import Control, Interrupted, Workspace
 from federation import files, native, tasks
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import to_nnunet
+from federation.processes import end_with_parent
 from federation.study import Study
 
 ALMOST_FULL = 16 * 2**20
@@ -204,7 +205,7 @@ def _start_preprocessing(
 ) -> None:
     """Set up a process, this one or a spawned one, for `_preprocess_case`."""
     if child:
-        end_with_parent()
+        end_with_parent(signal.SIGKILL)
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)

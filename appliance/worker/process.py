@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from federation.errors import Code, FednnunetError
+from federation.processes import end_with_parent
 
 GRACE = 2.0
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _INTERNET = frozenset({int(socket.AF_INET), int(socket.AF_INET6), 17})  # 17: AF_PACKET
 _SYSTEM_CALLS = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # (audit architecture, socket)
 
@@ -80,12 +81,6 @@ def _kernel_refuses() -> bool:
     return limited and bool(call(_PR_SET_SECCOMP, 2, ctypes.addressof(header), 0, 0) == 0)
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask the kernel for a signal at the death of the parent (Linux; elsewhere nothing happens)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-
-
 def lead(stop: threading.Event) -> None:
     """Become the leader of a session; end with the supervisor, on SIGTERM and on SIGINT.
 
@@ -123,7 +118,7 @@ def _be_a_child() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(signal.SIGKILL)
 
 
 def kill_children() -> None:

@@ -186,7 +186,7 @@ class Simulation:
         end = time.monotonic() + START_TIMEOUT
         client = self._control()
         while True:
-            self._look()
+            self.supervisor.look()
             try:
                 known = client.nodes()
                 break
@@ -197,13 +197,6 @@ class Simulation:
         for name in self.sites:
             if name not in known:
                 client.register((self.state / "sites" / name / "config" / "site.pub").read_bytes(), name)
-
-    def _look(self) -> None:
-        assert self.supervisor is not None
-        for child in self.supervisor.children:
-            if child.process is not None:
-                self.supervisor.look()
-                return
 
     def run(self, study: Study, console: Console) -> StudyView:
         """Start everything, run a study to its end, end everything; raises what made the study fail.
