@@ -17,14 +17,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from federation import trainers
 from federation.errors import Code, FednnunetError
 from federation.files import sha256_json
+from federation.layers import kept_local, possible_names, unknown_patterns
 
 SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 MOST_FAULTS = 12
 SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 Fold = Literal["0", "1", "2", "3", "4", "0-4", "all"]
 StopAfter = Literal["describe", "fingerprint", "plan", "prepare", "finish"]
+Method = Literal["mean", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "median", "trimmed_mean", "krum", "multi_krum"]
+ADAPTIVE = ("fedadagrad", "fedyogi", "fedadam")
+KRUM = ("krum", "multi_krum")
+CASCADE, LOWRES = "3d_cascade_fullres", "3d_lowres"
 PLANNERS = (
     "ExperimentPlanner",
     "nnUNetPlannerResEncM",
@@ -39,10 +45,16 @@ class Aggregation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["mean"] = Field("mean", description="`mean`: the weighted mean of the sites' weights (FedAvg).")
+    method: Method = Field(
+        "mean",
+        description="`mean`: the weighted mean (FedAvg). `fedavgm`, `fedadagrad`, `fedyogi`, `fedadam`: an optimizer "
+        "at the orchestrator steps from the old global weights towards the mean. `median`, `trimmed_mean`, `krum`, "
+        "`multi_krum`: bound what a few faulty sites can do; there every site counts the same.",
+    )
     weighting: Literal["cases", "uniform"] = Field(
         "cases",
-        description="`cases`: a site counts by its number of training cases. `uniform`: every site counts the same.",
+        description="`cases`: a site counts by its number of training cases. `uniform`: every site counts the same. "
+        "The robust methods do not read it.",
     )
     max_update_ratio: float = Field(
         10.0,
@@ -50,6 +62,34 @@ class Aggregation(BaseModel):
         description="An update whose distance from the global weights is more than this many times the norm of the "
         "global weights is refused as not plausible.",
     )
+    server_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Step of the optimizers at the orchestrator; empty: 1 for `fedavgm`, 0.01 for the adaptive ones.",
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="`fedavgm`: the momentum.")
+    beta_1: float = Field(0.9, ge=0, lt=1, description="`fedadagrad`, `fedyogi`, `fedadam`: decay of the first moment.")
+    beta_2: float = Field(0.99, ge=0, lt=1, description="`fedyogi`, `fedadam`: decay of the second moment.")
+    tau: float = Field(1e-3, gt=0, description="`fedadagrad`, `fedyogi`, `fedadam`: how little they adapt.")
+    trim: float = Field(
+        0.2,
+        ge=0,
+        lt=0.5,
+        description="`trimmed_mean`: this share of the sites is left out at each end, for each number of the weights.",
+    )
+    faulty_sites: int = Field(
+        1, ge=0, description="`krum`, `multi_krum`: how many sites may be faulty; 2 x this + 3 sites are needed."
+    )
+    selected_sites: int | None = Field(
+        None, ge=1, description="`multi_krum`: how many updates are averaged; empty: all but the faulty ones."
+    )
+
+    @property
+    def step(self) -> float:
+        """The learning rate of the orchestrator's optimizer."""
+        if self.server_learning_rate is not None:
+            return self.server_learning_rate
+        return 0.01 if self.method in ADAPTIVE else 1.0
 
 
 class Study(BaseModel):
@@ -64,6 +104,17 @@ class Study(BaseModel):
         "at the sites.",
     )
     sites: list[SiteName] = Field(min_length=1, description="The sites that take part, by their enrolled names.")
+    mode: Literal["ffe", "asymfedavg"] = Field(
+        "ffe",
+        description="`ffe`: one plan from the pooled fingerprint, the same network everywhere. `asymfedavg`: each site "
+        "plans from its own data, which no fingerprint leaves; layers with the same name and shape are averaged, the "
+        "others stay at their site (FednnU-Net, arXiv 2503.02549).",
+    )
+    layers: Literal["groups", "common"] = Field(
+        "groups",
+        description="`asymfedavg`: `groups` averages a layer among all sites, two or more, that have it in this shape; "
+        "`common` averages only layers that every site has (the paper's rule).",
+    )
     channel_names: dict[str, str] = Field(
         min_length=1, description="The contract: nnU-Net's channel_names, such as `{0: CT}`."
     )
@@ -105,13 +156,19 @@ class Study(BaseModel):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_]{0,62}$",
         description="Name of the plans (-overwrite_plans_name, -p); empty: the planner's own.",
     )
-    configuration: Literal["2d", "3d_fullres", "3d_lowres"] = Field(
+    configuration: Literal["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"] = Field(
         "3d_fullres", description="nnU-Net's configuration to train."
+    )
+    previous_stage: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="`3d_cascade_fullres`: id of the finished study of 3d_lowres whose model predicts, at every site, "
+        "what the cascade starts from.",
     )
     trainer: str = Field(
         "nnUNetTrainer",
-        pattern=r"^nnUNetTrainer[A-Za-z0-9_]{0,60}$",
-        description="nnU-Net's trainer class (-tr).",
+        pattern=r"^[A-Za-z][A-Za-z0-9_]{0,80}$",
+        description="nnU-Net's trainer class (-tr), one of those in reference/nnunet-breadth.",
     )
     fold: Fold = Field(
         "0",
@@ -123,6 +180,21 @@ class Study(BaseModel):
     iterations_per_epoch: int = Field(250, ge=1, description="Training iterations in an epoch (nnU-Net's own: 250).")
     validation_iterations_per_epoch: int = Field(
         50, ge=1, description="Iterations of the online validation in an epoch (nnU-Net's own: 50)."
+    )
+    proximal_mu: float = Field(
+        0.0,
+        ge=0,
+        description="FedProx: each step at a site is pulled back to the round's global weights with this strength "
+        "(Li et al. 2020); 0: not.",
+    )
+    keep_local: list[str] = Field(
+        [],
+        description="Layers that stay at each site and are not averaged: `norm`, `seg_head`, or a pattern of tensor "
+        "names such as `decoder.*`. Each site then has a model of its own.",
+    )
+    momentum: Literal["keep", "reset"] = Field(
+        "keep",
+        description="What a site's optimizer remembers of the round before: `keep` its momentum, or `reset` it.",
     )
     aggregation: Aggregation = Field(default_factory=Aggregation, description="How updates are put together.")
     wire: Literal["full", "half"] = Field(
@@ -187,7 +259,66 @@ class Study(BaseModel):
             len(self.overwrite_target_spacing) != 3 or min(self.overwrite_target_spacing) <= 0
         ):
             raise ValueError("overwrite_target_spacing needs three positive numbers")
+        for fault in (
+            trainers.fault(self.trainer, self.rounds * self.epochs_per_round),
+            self._aggregation_fault(),
+            self._mode_fault(),
+            self._local_fault(),
+            self._cascade_fault(),
+        ):
+            if fault is not None:
+                raise ValueError(fault)
+        if regions and "Top" in self.trainer:
+            raise ValueError(f"{self.trainer} knows no regions: use another trainer, or labels without regions")
         return self
+
+    def _aggregation_fault(self) -> str | None:
+        rule = self.aggregation
+        if rule.method in KRUM:
+            least = 2 * rule.faulty_sites + 3
+            if self.needed < least:
+                return (
+                    f"aggregation.method {rule.method} with {rule.faulty_sites} faulty sites needs {least} sites in "
+                    f"every round, but {'quorum' if self.quorum else 'sites'} is {self.needed}"
+                )
+            if rule.selected_sites is not None and rule.selected_sites > self.needed - rule.faulty_sites:
+                return f"aggregation.selected_sites {rule.selected_sites} is more than all but the faulty sites"
+            if self.mode == "asymfedavg" and self.layers == "groups":
+                return f"aggregation.method {rule.method} compares whole updates: it needs layers: common"
+        if rule.method == "trimmed_mean" and int(rule.trim * self.needed) == 0:
+            return f"aggregation.trim {rule.trim:g} of {self.needed} sites leaves out none: raise it, or use median"
+        return None
+
+    def _mode_fault(self) -> str | None:
+        if self.mode == "ffe":
+            return "layers has a meaning with mode: asymfedavg alone" if self.layers == "common" else None
+        if len(self.sites) < 2:
+            return "mode asymfedavg needs two sites or more: one site shares its layers with nobody"
+        if self.stop_after == "fingerprint":
+            return "with mode asymfedavg no fingerprint leaves a site: stop_after cannot be fingerprint"
+        if self.pretrained_weights is not None:
+            return "pretrained_weights need mode ffe: with asymfedavg the networks differ from site to site"
+        return None
+
+    def _local_fault(self) -> str | None:
+        residual = self.planner.startswith("nnUNetPlannerResEnc")
+        unknown = unknown_patterns(self.keep_local, residual)
+        if unknown:
+            return f"keep_local: no layer of any network of {self.planner} is called {', '.join(unknown)}"
+        possible = set(possible_names(residual))
+        local = kept_local(possible, self.keep_local)
+        if local == possible:
+            return "keep_local keeps every layer: nothing would be averaged"
+        if self.pretrained_weights is not None and local - kept_local(possible, ["seg_head"]):
+            return "keep_local with pretrained_weights may keep the seg_head alone: the others would not be pretrained"
+        return None
+
+    def _cascade_fault(self) -> str | None:
+        if (self.configuration == CASCADE) != (self.previous_stage is not None):
+            return "previous_stage and configuration 3d_cascade_fullres need each other"
+        if self.configuration == CASCADE and self.mode == "asymfedavg":
+            return "3d_cascade_fullres needs mode ffe: its first stage is one model for all sites"
+        return None
 
     def label_values(self) -> set[int]:
         """Every number that may stand in a label file."""
@@ -200,6 +331,11 @@ class Study(BaseModel):
     def id(self) -> str:
         """SHA-256 of the canonical JSON, in hex."""
         return sha256_json(self.model_dump(mode="json"))
+
+    @property
+    def one_model(self) -> bool:
+        """Whether all sites end with the same whole model, which the orchestrator has too."""
+        return self.mode == "ffe" and not self.keep_local
 
     @property
     def folds(self) -> list[str]:
