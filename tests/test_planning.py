@@ -17,7 +17,7 @@ from skimage import io as skimage_io
 
 from appliance.worker import dataset
 from appliance.worker.fingerprint import case_statistics, site_fingerprint
-from federation import files
+from federation import files, planners
 from federation import study as studies
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, merge
@@ -98,7 +98,7 @@ def planned_by_nnunet(
     extractor.run(overwrite_existing=True)
     result = {}
     for planner in planners:
-        made = planning.planner_class(planner)(602)
+        made = planners.planner_class(planner)(602)
         made.plan_experiment()
         path = folder / "preprocessed" / name / f"{made.plans_identifier}.json"
         result[planner] = json.loads(path.read_text())
