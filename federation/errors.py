@@ -64,6 +64,17 @@ class Code(Enum):
     )
     SETTINGS_INVALID = (112, "A setting is not valid", "Correct the setting named above in its file or variable.")
     STATE_NOT_READY = (113, "The state folder is not ready", "Follow the step named above, then start again.")
+    STUDY_NOT_FOUND = (120, "No such finished study", "Give the name or the first letters of the id of one study.")
+    STUDIES_NOT_COMPARABLE = (
+        121,
+        "These studies cannot be compared",
+        "Compare studies of one dataset at the same sites, fold 0-4, each with a score from every site.",
+    )
+    FIRST_STAGE_NOT_TRAINED = (
+        122,
+        "There is no finished 3d_lowres study to start the cascade from",
+        "Train 3d_lowres with fold 0-4 or all first, with the same ids, plans and trainer.",
+    )
 
     # 2xx: a site's dataset
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
@@ -142,6 +153,31 @@ class Code(Enum):
     )
     PREPROCESSING_FAILED = (304, "Preprocessing failed", "See the log at the site for the case and the reason.")
     PLANS_REFUSED = (305, "The plans name something that is not nnU-Net's own", "Plan again with nnU-Net's planners.")
+    NETWORKS_DIFFER = (
+        308,
+        "The sites' networks cannot be averaged",
+        "Agree on one configuration that fits every site's images, or leave the site named above out.",
+    )
+    NOTHING_SHARED = (
+        309,
+        "A site shares no layer with any other",
+        "Use mode ffe, set overwrite_target_spacing so that the plans come closer, or leave the site out.",
+    )
+    FIRST_STAGE_MISSING = (
+        310,
+        "The finished 3d_lowres model of the study's previous_stage is not at this site",
+        "Finish a study of 3d_lowres with fold 0-4 or all at this site first, or leave the site out.",
+    )
+    FIRST_STAGE_DIFFERS = (
+        311,
+        "The study's previous_stage does not fit it",
+        "Name a finished study of 3d_lowres, fold 0-4 or all, with the same dataset and planning, of the same sites.",
+    )
+    FIRST_STAGE_CASES = (
+        312,
+        "The training cases are not those of the first stage",
+        "Give the site the cases it had, or train 3d_lowres again with those it has now.",
+    )
     MODEL_NOT_BUILT = (306, "The network or the model could not be made from the plans", "See the reason above.")
 
     # 4xx: training and validation

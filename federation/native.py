@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ def check_plans(plans: Mapping[str, Any], study: Study) -> None:
     for name in names:
         if not isinstance(name, str) or not _PLAIN_NAME.match(name):
             raise FednnunetError(Code.PLANS_REFUSED, f"name {name!r}")
+    for entry in configurations.values():
+        for stage in (entry.get("previous_stage"), entry.get("next_stage")):  # they become parts of paths
+            if stage is not None and stage not in configurations:
+                raise FednnunetError(Code.PLANS_REFUSED, f"stage {stage!r}")
     for entry in configurations.values():
         network = entry.get("architecture")
         if network is None:
@@ -104,7 +108,9 @@ def unique_tensors(network: Any) -> dict[str, Any]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def load_weights(network: Any, file: Path, as_tensor: Callable[[Any], Any]) -> None:
+def load_weights(
+    network: Any, file: Path, as_tensor: Callable[[Any], Any], names: Collection[str] | None = None
+) -> None:
     """Copy a weights file into a network, each tensor once.
 
     Parameters
@@ -115,25 +121,45 @@ def load_weights(network: Any, file: Path, as_tensor: Callable[[Any], Any]) -> N
         Its tensors must have the network's names and shapes; raises FNU-404.
     as_tensor : Callable
         `torch.from_numpy`.
+    names : collection of str, optional
+        The tensors that the file must hold; the others of the network stay as they are. Left out: all.
     """
     source = TensorFile(file)
     tensors = unique_tensors(network)
-    if sorted(tensors) != source.names:
-        different = sorted(set(tensors) ^ set(source.names))
+    wanted = set(tensors) if names is None else set(names) & set(tensors)
+    if wanted != set(source.names):
+        different = sorted(wanted ^ set(source.names))
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{len(different)} names differ, as {different[0]}")
-    for name, tensor in tensors.items():
+    for name in source.names:
+        tensor = tensors[name]
         if tuple(tensor.shape) != source.spec(name).shape:
             found = f"{name}: {source.spec(name).shape} for {tuple(tensor.shape)}"
             raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, found)
         tensor.copy_(as_tensor(source.read(name)))
 
 
-def save_weights(network: Any, file: Path) -> str:
-    """Write a network's tensors, float32, each once; returns the digest of the file."""
+def save_weights(network: Any, file: Path, names: Collection[str] | None = None) -> str:
+    """Write a network's tensors, or those named, each once; returns the digest of the file.
+
+    Floating point becomes float32, whatever the network computes with; integers (the counters of batch normalisation)
+    stay int64.
+    """
     tensors = unique_tensors(network)
-    single = np.dtype("<f4")
-    specs = {name: Spec(single, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return write_tensors(file, specs, lambda name: tensors[name].cpu().float().numpy().astype(single, copy=False))
+    if names is not None:
+        tensors = {name: tensors[name] for name in names}
+    specs = {name: Spec(_stored(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def read(name: str) -> Any:
+        tensor = tensors[name].cpu()
+        plain = tensor.float() if tensor.is_floating_point() else tensor
+        return plain.numpy().astype(specs[name].dtype, copy=False)
+
+    return write_tensors(file, specs, read)
+
+
+def _stored(tensor: Any) -> np.dtype[Any]:
+    """The type of a tensor in a weights file."""
+    return np.dtype("<f4") if tensor.is_floating_point() else np.dtype("<i8")
 
 
 def checkpoint(

@@ -58,7 +58,7 @@ class Weights(_Body):
 
 
 class Plan(_Body):
-    """What Prepare carries: nnU-Net's plans and the pooled dataset.json."""
+    """What Prepare carries (FFE), or a site makes for itself (AsymFedAvg): nnU-Net's plans and their dataset.json."""
 
     plans: dict[str, Any]
     plans_sha256: Sha256 = Field(description="SHA-256 of the canonical JSON of `plans`; checked at every site.")
@@ -106,10 +106,34 @@ class Description(_Body):
     versions: dict[str, str] = Field(default_factory=dict, description="Versions of the packages that matter.")
 
 
+class Network(_Body):
+    """What a site that plans for itself tells of its plan (AsymFedAvg): its network, and what people compare.
+
+    The plan itself, with its intensities and median shapes, stays at the site, and so does the fingerprint.
+    """
+
+    plans_name: str
+    architecture: dict[str, Any] = Field(description="nnU-Net's `architecture`: the network's class and arguments.")
+    patch_size: list[int]
+    spacing: list[float] = Field(description="Target spacing in mm.")
+    batch_size: int = Field(ge=1)
+
+    def plans(self, study: Study) -> dict[str, Any]:
+        """As much of nnU-Net's plans as building the network takes."""
+        configuration = self.model_dump(mode="json", exclude={"plans_name"})
+        return {
+            "dataset_name": study.dataset,
+            "plans_name": self.plans_name,
+            "label_manager": "LabelManager",
+            "configurations": {study.configuration: configuration},
+        }
+
+
 class Preparation(_Body):
     """Answer to Prepare: the data is preprocessed for these plans."""
 
     plans_sha256: Sha256
+    network: Network | None = Field(None, description="With mode asymfedavg: the network of the site's own plan.")
     training_cases: dict[str, int] = Field(description="Number of training cases for each fold.")
     device: str
 

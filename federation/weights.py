@@ -216,6 +216,38 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return write_tensors(path, specs, lambda name: arrays[name])
 
 
+def select(path: Path, names: Mapping[str, str], out: Path) -> str:
+    """Write some tensors of a weights file under other names; those of a difference keep their exponents.
+
+    Parameters
+    ----------
+    path : Path
+        Full weights or a difference.
+    names : Mapping[str, str]
+        New name of each tensor, and its name in `path`.
+    out : Path
+        Where they go.
+
+    Returns
+    -------
+    str
+        SHA-256 of `out`.
+    """
+    source = TensorFile(path)
+    specs = {name: source.spec(key) for name, key in names.items()}
+    scales: dict[str, int] = {}
+    if EXPONENTS in source.specs:
+        scales = exponents(source)
+        specs[EXPONENTS] = Spec(np.dtype("<i4"), (len(names),))
+
+    def read(name: str) -> Tensor:
+        if name == EXPONENTS:
+            return np.asarray([scales[names[other]] for other in sorted(names)], "<i4")
+        return source.read(names[name])
+
+    return write_tensors(out, specs, read)
+
+
 def difference_specs(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     """Specs of a difference between weights with these specs: float32 becomes float16, and there are exponents."""
     found = {

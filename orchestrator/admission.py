@@ -19,7 +19,8 @@ import numpy as np
 
 from federation.errors import Code, FednnunetError
 from federation.files import sha256_of
-from federation.tasks import Kind, Result, Task
+from federation.native import check_plans
+from federation.tasks import Kind, Preparation, Result, Task
 from federation.weights import TensorFile, difference_specs, exponents
 
 
@@ -51,8 +52,22 @@ def check_answer(task: Task, result: Result) -> None:
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: {task.key} was answered without its report")
     if (result.weights is not None) != (task.kind is Kind.TRAIN):
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: weights missing from or added to {task.key}")
-    if result.preparation is not None and result.preparation.plans_sha256 != task.plans_sha256:
-        raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: prepared for other plans")
+    if result.preparation is not None:
+        _check_preparation(task, result.preparation)
+
+
+def _check_preparation(task: Task, answer: Preparation) -> None:
+    """With FFE a site prepares for the plans it was given; with AsymFedAvg it tells the network of its own."""
+    if task.study.mode == "ffe":
+        if answer.plans_sha256 != task.plans_sha256:
+            raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: prepared for other plans")
+        return
+    if answer.network is None:
+        raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: prepared without telling its network")
+    try:
+        check_plans(answer.network.plans(task.study), task.study)
+    except FednnunetError as error:
+        raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: {error}") from error
 
 
 def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: int) -> Admitted:

@@ -8,8 +8,11 @@ Rules:
   and finishing need the quorum; the participation record says who was missing and why.
 - Nothing here imports torch: planning and model building are child processes.
 
+- Between rounds there is one store of all that is shared; every site gets its view of it (orchestrator.views). With
+  `asymfedavg` each site has planned for itself, told its network with its answer to Prepare, and keeps the rest.
+
 States: enrolling -> describing -> fingerprinting -> planning -> preparing -> (training -> validating -> finishing,
-for each fold) -> exporting -> done, or failed(why).
+for each fold) -> exporting -> done, or failed(why). With `asymfedavg` nothing is fingerprinted or planned here.
 """
 
 from __future__ import annotations
@@ -30,14 +33,19 @@ from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, check, merge, plan_tolerance, to_nnunet
 from federation.flower import clients
 from federation.flower.runner import Run, RunLost, Stop, serve_runs
-from federation.study import Study, parse
-from federation.tasks import Kind, Plan, Result, Task, Validation, Weights
-from orchestrator import model, planning
+from federation.study import KRUM, Study, parse
+from federation.tasks import Kind, Network, Plan, Preparation, Result, Task, Validation, Weights
+from federation.weights import TensorFile
+from orchestrator import model, planning, shared_export, stages
 from orchestrator.admission import admit
-from orchestrator.aggregation.mean import Update, weighted_mean
+from orchestrator.aggregation.mean import Update
+from orchestrator.aggregation.robust import select
+from orchestrator.aggregation.rules import aggregate
+from orchestrator.aggregation.shared_layers import SharedLayers, check_networks, share
 from orchestrator.enrollment.authority import Authority
 from orchestrator.journal import ENDED, Journal
 from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
+from orchestrator.views import Views
 from orchestrator.workshop import Workshop
 
 log = logging.getLogger("fednnunet.coordinator")
@@ -85,6 +93,9 @@ class Conductor:
         self._exchange = Exchange(carrier, journal, poll)
         self._pretrained = pretrained
         self._workshop = Workshop()
+        self._plans: dict[str, str] = {}
+        self._cases: dict[str, int] = {}
+        self._views: Views
 
     def conduct(self) -> None:
         """Go on until the study is done; raises what made it fail."""
@@ -96,31 +107,32 @@ class Conductor:
 
     def _steps(self) -> None:
         study = self.study
-        if self.journal.state.plans_sha256 is None and study.stop_after not in ("describe", "fingerprint"):
+        stages.first_stage(study, self.journal.folder.parent)  # a cascade without one fails before a site is asked
+        if self.journal.state.layers is None and study.stop_after not in ("describe", "fingerprint"):
             self._workshop.open()
         self.journal.phase("enrolling")
         self._exchange.await_sites(study.sites, study.appear_deadline)
         self._everyone(Kind.DESCRIBE)
         if study.stop_after == "describe":
             return
-        self._fingerprint()
-        if study.stop_after == "fingerprint":
-            return
-        plan = self._plan()
-        if study.stop_after == "plan":
-            return
-        prepared = self._everyone(Kind.PREPARE, plan=plan).answers
-        if study.stop_after == "prepare":
+        plan = None
+        if study.mode == "ffe":
+            self._fingerprint()
+            if study.stop_after == "fingerprint":
+                return
+            plan = self._plan()
+            if study.stop_after == "plan":
+                return
+        prepared = self._prepare(plan)
+        if study.mode == "asymfedavg" or study.stop_after == "finish":
+            self._views = Views(self.journal, self._share(plan, prepared))
+        if study.stop_after != "finish":
             return
         validation: dict[str, Scored] = {}
         unfinished: dict[str, str] = {}
         for fold in study.folds:
-            cases = {}
-            for site, result in prepared.items():
-                if result.preparation is None or fold not in result.preparation.training_cases:
-                    raise FednnunetError(Code.RESULT_REFUSED, f"{site} declared no cases for fold {fold}")
-                cases[site] = result.preparation.training_cases[fold]
-            self._train(fold, plan, cases)
+            self._cases = {site: answer.training_cases[fold] for site, answer in prepared.items()}
+            self._train(fold)
             validation[fold] = self._validate(fold)
             finished = self._everyone(Kind.FINISH, fold=fold, weights=self._held(fold), needed=study.needed)
             unfinished |= finished.missing
@@ -135,7 +147,7 @@ class Conductor:
             kind=kind,
             fold=fold,
             round=number,
-            plans_sha256=self.journal.state.plans_sha256,
+            plans_sha256=self._plans.get(site, self.journal.state.plans_sha256),
             **carried,
         )
         return task.model_copy(update={"attempt": self.journal.attempt(task)})
@@ -194,55 +206,96 @@ class Conductor:
         path = self.journal.folder / "plan.json"
         if self.journal.state.plans_sha256 is None:
             self.journal.phase("planning")
-            planned = planning.plan(self._pooled(), self.study, self.journal.folder / "planning", self._workshop)
-            plan = Plan(plans=planned.plans, plans_sha256=planned.plans_sha256, dataset_json=planned.dataset_json)
+            plan = stages.plan_of_first_stage(self.study, self.journal.folder.parent)
+            if plan is None:
+                planned = planning.plan(self._pooled(), self.study, self.journal.folder / "planning", self._workshop)
+                plan = Plan(plans=planned.plans, plans_sha256=planned.plans_sha256, dataset_json=planned.dataset_json)
             files.write_bytes(path, plan.model_dump_json(indent=1).encode())
             self.journal.write("planned", plans_sha256=plan.plans_sha256)
         return Plan.model_validate_json(path.read_bytes())
 
-    def _train(self, fold: str, plan: Plan, cases: dict[str, int]) -> None:
+    def _prepare(self, plan: Plan | None) -> dict[str, Preparation]:
+        prepared = {}
+        for site, result in self._everyone(Kind.PREPARE, plan=plan).answers.items():
+            answer = result.preparation
+            if answer is None or set(answer.training_cases) != set(self.study.folds):
+                raise FednnunetError(Code.RESULT_REFUSED, f"{site} declared its cases for other folds")
+            prepared[site] = answer
+            self._plans[site] = answer.plans_sha256
+        return prepared
+
+    def _share(self, plan: Plan | None, prepared: dict[str, Preparation]) -> SharedLayers:
+        """Who shares which layers; builds each network once, for its layers and its first weights."""
+        path = self.journal.folder / "layers.json"
+        if self.journal.state.layers is None:
+            networks = {site: answer.network for site, answer in prepared.items() if answer.network is not None}
+            check_networks(networks)
+            files_of = {site: self._first_weights(plan, networks.get(site)) for site in self.study.sites}
+            specs = {site: TensorFile(file).specs for site, file in files_of.items()}
+            layers = share(specs, self.study)
+            files.write_json(path, layers.to_json())
+            self.journal.write(
+                "layers",
+                sha256=files.sha256_of(path),
+                first={site: file.name for site, file in files_of.items()},
+                plans_name=plan.plans["plans_name"] if plan else next(iter(networks.values())).plans_name,
+            )
+        return SharedLayers.from_json(files.read_json(path))
+
+    def _first_weights(self, plan: Plan | None, network: Network | None) -> Path:
+        """The first weights of a network, made once for all sites and folds that have it."""
+        study = self.study
+        if plan is not None:
+            plans, dataset_json = plan.plans, plan.dataset_json
+        else:
+            assert network is not None
+            plans, dataset_json = network.plans(study), study.dataset_json(0)
+        architecture = plans["configurations"][study.configuration].get("architecture", {})
+        out = self.journal.first_weights / f"{files.sha256_json(architecture)[:16]}.safetensors"
+        if not out.exists():
+            pretrained = self._pretrained / f"{study.pretrained_weights}.pth" if study.pretrained_weights else None
+            model.initial_weights(plans, dataset_json, study, out, pretrained, self._workshop)
+        return out
+
+    def _train(self, fold: str) -> None:
         journal, study = self.journal, self.study
         if fold not in journal.state.weights:
-            initial = journal.global_file(fold, 0)
-            pretrained = self._pretrained / f"{study.pretrained_weights}.pth" if study.pretrained_weights else None
-            model.initial_weights(plan.plans, plan.dataset_json, study, initial, pretrained, self._workshop)
-            journal.write("weights", fold=fold, round=0, digest=files.sha256_of(initial))
+            assert journal.state.layers is not None
+            first = {site: journal.first_weights / name for site, name in journal.state.layers["first"].items()}
+            digest = self._views.begin(fold, first)
+            journal.write("weights", fold=fold, round=0, digest=digest)
         self._workshop.close()
         while (done := journal.state.weights[fold][0]) < study.rounds:
-            self._round(fold, done + 1, cases)
-        if fold == study.folds[-1] and journal.state.exported is None:
+            self._round(fold, done + 1)
+        if fold == study.folds[-1] and journal.state.exported is None and study.one_model:
             self._workshop.open()
 
     def _carried(self, fold: str, number: int) -> Callable[[str, bool], tuple[Weights, Path | None]]:
         """How the weights after round `number` reach a site: held, as a difference to what it holds, or in full."""
-        digest = self.journal.state.weights[fold][1]
-        path = self.journal.global_file(fold, number)
-        difference = path.with_name("difference.safetensors")
-        before = self._digest_of(fold, number - 1)
 
         def carried(site: str, full: bool) -> tuple[Weights, Path | None]:
+            path = self._views.weights(fold, number, site)
+            digest = self._views.digest(fold, number, site)
+            assert digest is not None
             holds = None if full else self.journal.state.holds.get(site)
             if holds == digest:
                 return weights.describe_held(digest), None
-            if before is not None and holds == before and difference.exists():
-                return weights.describe_difference(difference, before, digest), difference
+            before = self._views.digest(fold, number - 1, site)
+            if before is not None and holds == before:
+                difference = self._views.difference(fold, number, site)
+                if difference is not None:
+                    return weights.describe_difference(difference, before, digest), difference
             return weights.describe_full(path, digest), path
 
         return carried
 
-    def _digest_of(self, fold: str, number: int) -> str | None:
-        path = self.journal.global_file(fold, number) if number >= 0 else None
-        return files.sha256_of(path) if path is not None and path.exists() else None
-
     def _held(self, fold: str) -> Callable[[str, bool], tuple[Weights, Path | None]]:
         return self._carried(fold, self.journal.state.weights[fold][0])
 
-    def _round(self, fold: str, number: int, cases: dict[str, int]) -> None:
+    def _round(self, fold: str, number: int) -> None:
         journal, study = self.journal, self.study
         journal.phase("training")
         started = time.monotonic()
-        base = journal.global_file(fold, number - 1)
-        digest = journal.state.weights[fold][1]
         carried = self._carried(fold, number - 1)
 
         def errand(site: str, full: bool) -> Errand:
@@ -250,12 +303,13 @@ class Conductor:
             return Errand(self._task(site, Kind.TRAIN, fold, number, weights=header), file)
 
         def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
-            admitted = admit(task, result, update, base, cases[task.site])
+            base = self._views.weights(fold, number - 1, task.site)
+            admitted = admit(task, result, update, base, self._cases[task.site])
             return {
                 "cases": admitted.cases,
                 "distance": admitted.norm,
                 "digest": admitted.digest,
-                "holds": digest,
+                "holds": self._views.digest(fold, number - 1, task.site),
                 "training": result.training.model_dump(mode="json") if result.training else None,
             }
 
@@ -267,7 +321,7 @@ class Conductor:
                 accept,
                 needed=study.needed,
                 deadline=study.round_deadline,
-                max_weights=base.stat().st_size + 2**16,
+                max_weights=journal.global_file(fold, number - 1).stat().st_size + 2**16,
             )
             if len(outcome.answers) < study.needed:
                 raise FednnunetError(
@@ -284,36 +338,46 @@ class Conductor:
             )
             closed = journal.state.closed[fold, number]
         aggregating = time.monotonic()
-        digest = self._aggregate(fold, number, closed["participants"], cases, base)
+        digest, chosen = self._aggregate(fold, number, closed["participants"])
         journal.write(
-            "weights", fold=fold, round=number, digest=digest, seconds=round(time.monotonic() - aggregating, 3)
+            "weights",
+            fold=fold,
+            round=number,
+            digest=digest,
+            seconds=round(time.monotonic() - aggregating, 3),
+            **({"chosen": chosen} if chosen is not None else {}),
         )
         journal.forget_round(fold, number)
 
-    def _aggregate(self, fold: str, number: int, participants: list[str], cases: dict[str, int], base: Path) -> str:
+    def _aggregate(self, fold: str, number: int, participants: list[str]) -> tuple[str, list[str] | None]:
+        """The next global weights: their digest, and with Krum the sites whose updates were chosen."""
         journal, study = self.journal, self.study
         uniform = study.aggregation.weighting == "uniform"
         updates = {
             site: Update(
                 journal.round_folder(fold, number) / "updates" / f"{site}.safetensors",
-                1.0 if uniform else float(cases[site]),
+                1.0 if uniform else float(self._cases[site]),
+                self._views.names(site),
             )
             for site in participants
         }
-        out = journal.global_file(fold, number)
+        base, out = journal.global_file(fold, number - 1), journal.global_file(fold, number)
+        before, after = journal.optimizer_file(fold, number - 1), journal.optimizer_file(fold, number)
+        rule = study.aggregation
+        chosen = select(rule, updates, base) if rule.method in KRUM else None
         if study.wire == "full":
-            return weighted_mean(updates, base, out)
-        mean = out.with_name("mean.safetensors")
-        weighted_mean(updates, base, mean)
+            return aggregate(rule, updates, base, out, before, after, chosen), chosen
+        exact = out.with_name("exact.safetensors")
+        aggregate(rule, updates, base, exact, before, after, chosen)
         difference, carry = out.with_name("difference.safetensors"), out.with_name("carry.safetensors")
-        weights.encode_difference(mean, base, base.with_name("carry.safetensors"), difference, carry)
-        mean.unlink()
-        return weights.apply_difference(base, difference, out)
+        weights.encode_difference(exact, base, base.with_name("carry.safetensors"), difference, carry)
+        exact.unlink()
+        return weights.apply_difference(base, difference, out), chosen
 
     def _validate(self, fold: str) -> Scored:
         """Every site scores the global weights; with the quorum the study goes on, and says who is missing."""
         carried = self._held(fold)
-        digest = self.journal.state.weights[fold][1]
+        number = self.journal.state.weights[fold][0]
 
         def errand(site: str, full: bool) -> Errand:
             header, file = carried(site, full)
@@ -321,7 +385,7 @@ class Conductor:
 
         def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
             return {
-                "holds": digest,
+                "holds": self._views.digest(fold, number, task.site),
                 "validation": result.validation.model_dump(mode="json") if result.validation else None,
             }
 
@@ -334,27 +398,34 @@ class Conductor:
         scores = {site: result.validation for site, result in sorted(outcome.answers.items()) if result.validation}
         return Scored(scores, outcome.missing)
 
-    def _export(self, plan: Plan, validation: dict[str, Scored], unfinished: dict[str, str]) -> None:
+    def _export(self, plan: Plan | None, validation: dict[str, Scored], unfinished: dict[str, str]) -> None:
         journal = self.journal
         if journal.state.exported is not None:
             return
         journal.phase("exporting")
         finals = {fold: journal.global_file(fold, journal.state.weights[fold][0]) for fold in self.study.folds}
-        archive = journal.folder / f"{self.study.dataset}.zip"
-        model.export(
-            journal.folder / "model",
-            plan.plans,
-            plan.dataset_json,
-            to_nnunet(self._pooled()),
-            self.study,
-            finals,
-            {fold: entry.scores for fold, entry in validation.items()},
-            archive,
-            {fold: self._curves(fold) for fold in self.study.folds},
-            self._workshop,
-        )
+        scores = {fold: entry.scores for fold, entry in validation.items()}
+        if self.study.one_model and plan is not None:
+            archive = journal.folder / f"{self.study.dataset}.zip"
+            model.export(
+                journal.folder / "model",
+                plan.plans,
+                plan.dataset_json,
+                to_nnunet(self._pooled()),
+                self.study,
+                finals,
+                scores,
+                archive,
+                {fold: self._curves(fold) for fold in self.study.folds},
+                self._workshop,
+            )
+        else:
+            archive = journal.folder / f"{self.study.dataset}-shared.zip"
+            layers = journal.folder / "layers.json"
+            shared_export.export(archive, self.study, layers, finals, scores, plan)
         journal.write(
             "exported",
+            whole=self.study.one_model,
             path=archive.name,
             sha256=files.sha256_of(archive),
             nbytes=archive.stat().st_size,

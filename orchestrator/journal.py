@@ -5,10 +5,14 @@ Layout of a study's folder::
     study.json                                   the study
     journal.jsonl                                every transition, hash-chained (federation.audit)
     answers/KEY/SITE.json                        what a site answered (describe, fingerprint, prepare, ...)
+    layers.json                                  who shares which layers
+    first/NETWORK.safetensors                    the first weights of each network
     rounds/fold_K/0000/global.safetensors        the initial weights
     rounds/fold_K/NNNN/updates/SITE.{json,safetensors}
     rounds/fold_K/NNNN/global.safetensors        the weights after round NNNN
     rounds/fold_K/NNNN/difference.safetensors    the same as a float16 difference (wire: half)
+    rounds/fold_K/NNNN/optimizer.safetensors     the state of the orchestrator's optimizer
+    rounds/fold_K/NNNN/*-VIEW.safetensors        what a site gets that shares a part (orchestrator.views)
     quarantine/KEY-SITE-ATTEMPT.{json,safetensors}
     plan.json, fingerprint.json, model/, DATASET.zip
 
@@ -50,6 +54,7 @@ class State:
     holds: dict[str, str] = field(default_factory=dict)
     pooled: str | None = None
     plans_sha256: str | None = None
+    layers: dict[str, Any] | None = None
     exported: dict[str, Any] | None = None
     submission: str = ""
     failed_submissions: set[str] = field(default_factory=set)
@@ -73,6 +78,8 @@ class State:
                 self.pooled = line["sha256"]
             case "planned":
                 self.plans_sha256 = line["plans_sha256"]
+            case "layers":
+                self.layers = line
             case "closed":
                 self.closed[line["fold"], line["round"]] = line
             case "weights":
@@ -125,6 +132,15 @@ class Journal:
         """Weights after a round; 0: the initial ones."""
         return self.round_folder(fold, number) / "global.safetensors"
 
+    @property
+    def first_weights(self) -> Path:
+        """Folder of the first weights of each network."""
+        return self.folder / "first"
+
+    def optimizer_file(self, fold: str, number: int) -> Path:
+        """State of the orchestrator's optimizer after a round."""
+        return self.round_folder(fold, number) / "optimizer.safetensors"
+
     def answer_file(self, task: Task) -> Path:
         """Where a site's answer to a task goes."""
         if task.kind is Kind.TRAIN and task.fold is not None and task.round is not None:
@@ -161,7 +177,11 @@ class Journal:
         for path in (self.round_folder(fold, number) / "updates").glob("*.safetensors"):
             path.unlink()
         if number >= 2:
-            self.global_file(fold, number - 2).unlink(missing_ok=True)
+            self._remove(fold, number - 2, "global*.safetensors")
         if number >= 1:
-            for name in ("difference.safetensors", "carry.safetensors"):
-                (self.round_folder(fold, number - 1) / name).unlink(missing_ok=True)
+            self._remove(fold, number - 1, "difference*.safetensors", "carry.safetensors", "optimizer.safetensors")
+
+    def _remove(self, fold: str, number: int, *patterns: str) -> None:
+        for pattern in patterns:
+            for path in self.round_folder(fold, number).glob(pattern):
+                path.unlink()

@@ -17,10 +17,11 @@ from skimage import io as skimage_io
 
 from appliance.worker import dataset
 from appliance.worker.fingerprint import case_statistics, site_fingerprint
-from federation import files, planners
+from federation import files
 from federation import study as studies
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, merge
+from federation.planners import planner_class
 from federation.study import Study
 from orchestrator import planning
 
@@ -98,7 +99,7 @@ def planned_by_nnunet(
     extractor.run(overwrite_existing=True)
     result = {}
     for planner in planners:
-        made = planners.planner_class(planner)(602)
+        made = planner_class(planner)(602)
         made.plan_experiment()
         path = folder / "preprocessed" / name / f"{made.plans_identifier}.json"
         result[planner] = json.loads(path.read_text())
@@ -217,7 +218,7 @@ def test_a_fingerprint_of_groups_is_planned(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_was_not_planned_is_named_with_those_that_were(tmp_path: Path) -> None:
-    study = make_study(configuration="3d_lowres", planner="SmallUNetPlanner")
+    study = make_study(configuration="3d_lowres")
     with pytest.raises(FednnunetError) as error:
         planning.plan(a_fingerprint(), study, tmp_path / "plan")
     assert error.value.code is Code.CONFIGURATION_MISSING
@@ -225,7 +226,7 @@ def test_a_configuration_that_was_not_planned_is_named_with_those_that_were(tmp_
 
 
 def test_a_study_that_ends_with_the_plan_may_lack_its_configuration(tmp_path: Path) -> None:
-    study = make_study(configuration="3d_lowres", planner="SmallUNetPlanner", stop_after="plan")
+    study = make_study(configuration="3d_lowres", stop_after="plan")
     assert planning.plan(a_fingerprint(), study, tmp_path / "plan").plans_sha256
 
 
@@ -251,6 +252,7 @@ def test_the_coordinator_imports_neither_torch_nor_nnunet_to_plan(tmp_path: Path
 import sys
 from pathlib import Path
 from federation.fingerprint import SiteFingerprint
+from federation.planners import planner_class
 from federation.study import Study
 from orchestrator import planning
 folder = Path(sys.argv[1])

@@ -226,7 +226,7 @@ class Worker:
         from appliance.worker import validation
 
         global_weights, _ = self._weights(task, fold, workspace)
-        trainer = self._open(task, fold, workspace, control)
+        trainer = self._at_the_end(task, fold, workspace, control)
         cases = self._examine(task, workspace, control).test_cases
         report = validation.validate(trainer, global_weights, cases, control)
         return tasks.Result.answering(task, validation=report)
@@ -235,11 +235,7 @@ class Worker:
         from appliance.worker import validation
 
         global_weights, digest = self._weights(task, fold, workspace)
-        if self.trainer is not None and self.trainer.round < 0:  # a round was cut short: its log is not sound
-            self._close()
-        trainer = self._open(task, fold, workspace, control)
-        if trainer.round == 0:
-            trainer.resume(task.study.rounds + 1)
+        trainer = self._at_the_end(task, fold, workspace, control)
         validation.finish(trainer, global_weights, control)
         self._close()
         for folder in (workspace.state(fold), workspace.globals(fold)):
@@ -277,6 +273,15 @@ class Worker:
         control.phase("building the trainer")
         self.trainer = FoldTrainer(workspace, self.settings, fold, task.plans_sha256)
         return self.trainer
+
+    def _at_the_end(self, task: tasks.Task, fold: str, workspace: Workspace, control: Control) -> FoldTrainer:
+        """The trainer of a fold as its last round here has left it."""
+        if self.trainer is not None and self.trainer.round < 0:  # a round was cut short: nothing of it is sound
+            self._close()
+        trainer = self._open(task, fold, workspace, control)
+        if trainer.round == 0:
+            trainer.resume(task.study.rounds + 1)
+        return trainer
 
     def _close(self) -> None:
         trainer, self.trainer = self.trainer, None

@@ -2,12 +2,15 @@
 
 Rules:
 
-- The plans must be those that the orchestrator signed for (FNU-302) and name nothing but nnU-Net's own (FNU-305).
+- The plans must be those that the orchestrator signed for (FNU-302) and name nothing but nnU-Net's own (FNU-305). With
+  AsymFedAvg the site plans for itself (appliance.worker.planning).
 - The site's data is read-only: the raw folder holds links to it.
 - Preprocessing is nnU-Net's own, case by case. Its result lies below `work/preprocessed`, keyed by plans,
   configuration and data: whole or not there, and done once for all studies that share the three.
 - dataset_fingerprint.json is this site's own; another site's never arrives here.
 - Folds are nnU-Net's own five-fold split of this site's cases.
+- 3d_cascade_fullres has the data of 3d_fullres and of 3d_lowres, and the predictions of its first stage, which come
+  last (appliance.worker.cascade).
 - `prepared.json` comes last: a second Prepare with the same plans and data finds it and does nothing.
 """
 
@@ -25,12 +28,13 @@ from typing import Any
 
 from appliance.settings import Settings
 from appliance.worker.dataset import Examination
+from appliance.worker.planning import network, own_plan
 from appliance.worker.workspace import Control, Interrupted, Workspace
 from federation import files, native, tasks
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import to_nnunet
 from federation.processes import end_with_parent
-from federation.study import Study
+from federation.study import CASCADE, LOWRES
 
 ALMOST_FULL = 16 * 2**20
 """With fewer bytes free than this, a failure to write is taken for a full disk (blosc2 does not say why it failed)."""
@@ -51,7 +55,7 @@ def prepare(
     Parameters
     ----------
     task : tasks.Task
-        Prepare, with its plan.
+        Prepare, with its plan where the study has one for all sites.
     examination : Examination
         The site's dataset, examined: its cases and its own fingerprint.
 
@@ -64,53 +68,94 @@ def prepare(
     ------
     FednnunetError
         FNU-302, 303, 305 for the plans; FNU-109 with fewer than 5 cases for a fold; FNU-304; FNU-702; FNU-706.
+        For a cascade FNU-310, 311, 312 when its first stage does not lie here, or does not fit.
     """
-    if task.plan is None:
-        raise FednnunetError(Code.ENVELOPE_INVALID, "prepare without a plan")
-    study, plans = task.study, task.plan.plans
-    if files.sha256_json(plans) != task.plan.plans_sha256:
-        raise FednnunetError(Code.PLANS_HASH, f"their SHA-256 is {files.sha256_json(plans)}")
-    native.check_plans(plans, study)
+    study = task.study
     native.trainer_class(study.trainer)
     check_device(settings)
-
     examination.require_good()
+    plan = own_plan(workspace, examination) if study.mode == "asymfedavg" else _given_plan(task)
+    plans = plan.plans
     cases, digest = find_cases(examination)
     if study.fold != "all" and len(cases) < 5:
         raise FednnunetError(Code.TOO_FEW_CASES_FOR_FOLDS, f"{len(cases)} cases in {examination.folder}")
     splits = split(cases)
     preparation = tasks.Preparation(
-        plans_sha256=task.plan.plans_sha256,
+        plans_sha256=plan.plans_sha256,
         training_cases={fold: len(cases) if fold == "all" else len(splits[int(fold)]["train"]) for fold in study.folds},
         device=settings.device,
+        network=network(plan, study.configuration) if study.mode == "asymfedavg" else None,
     )
-    marker = workspace.preprocessed / "prepared.json"
-    wanted = {"plans_sha256": task.plan.plans_sha256, "data": digest, "plans_name": plans["plans_name"]}
-    cache = workspace.cache / f"{task.plan.plans_sha256[:16]}-{study.configuration}-{digest[:16]}"
-    if marker.exists() and files.read_json(marker) == wanted and cache.is_dir():
+    if study.stop_after == "plan":
+        return preparation
+    wanted = {"plans_sha256": plan.plans_sha256, "data": digest, "plans_name": plans["plans_name"]}
+    if study.previous_stage is None:
+        _lay_out(plan, settings, workspace, examination, cases, splits, wanted, control)
         return preparation
 
-    _link_raw(workspace, examination.folder, task.plan.dataset_json)
-    if not cache.is_dir():
-        workspace.cache.mkdir(parents=True, exist_ok=True)
-        with files.new_directory(cache) as folder:
-            preprocess(cases, folder, plans, task.plan.dataset_json, study, settings.preprocessing_processes, control)
+    from appliance.worker import cascade
+
+    first = cascade.find(workspace, plans)  # before hours of preprocessing
+    first.require_same_split(splits)
+    _lay_out(plan, settings, workspace, examination, cases, splits, wanted, control)
+    cascade.predict_training_cases(first, workspace, settings, plans, wanted, control)
+    return preparation
+
+
+def _lay_out(
+    plan: tasks.Plan,
+    settings: Settings,
+    workspace: Workspace,
+    examination: Examination,
+    cases: list[Case],
+    splits: list[dict[str, list[str]]],
+    wanted: Mapping[str, str],
+    control: Control,
+) -> None:
+    """Write nnU-Net's folders and the preprocessed data, unless they are there as `wanted`."""
+    study, plans = workspace.study, plan.plans
+    caches = {
+        _identifier(plans, configuration): workspace.cache
+        / f"{plan.plans_sha256[:16]}-{_with_data(plans, configuration)}-{wanted['data'][:16]}"
+        for configuration in (study.configuration, *([LOWRES] if study.configuration == CASCADE else []))
+    }
+    marker = workspace.preprocessed / "prepared.json"
+    if marker.exists() and files.read_json(marker) == wanted and all(cache.is_dir() for cache in caches.values()):
+        return
+
+    _link_raw(workspace, examination.folder, plan.dataset_json)
+    for cache in caches.values():
+        if not cache.is_dir():
+            configuration = cache.name.split("-")[1]
+            workspace.cache.mkdir(parents=True, exist_ok=True)
+            with files.new_directory(cache) as folder:
+                preprocess(
+                    cases, folder, plans, plan.dataset_json, configuration, settings.preprocessing_processes, control
+                )
     control.phase("writing the study's folders")
-    if marker.exists() and files.read_json(marker)["plans_sha256"] != task.plan.plans_sha256:
+    if marker.exists() and files.read_json(marker)["plans_sha256"] != plan.plans_sha256:
         shutil.rmtree(workspace.root / "state", ignore_errors=True)  # of a network that is no more
-    identifier = _identifier(plans, study)
     own = to_nnunet(examination.fingerprint(study.fingerprint_min_cases))
     with files.new_directory(workspace.preprocessed) as folder:
         _write_nnunet_json(folder / f"{plans['plans_name']}.json", plans)
-        _write_nnunet_json(folder / "dataset.json", task.plan.dataset_json)
+        _write_nnunet_json(folder / "dataset.json", plan.dataset_json)
         _write_nnunet_json(folder / "dataset_fingerprint.json", own)
         _write_nnunet_json(folder / "splits_final.json", splits)
         (folder / "gt_segmentations").mkdir()
         for name, _, label in cases:
             (folder / "gt_segmentations" / f"{name}{study.file_ending}").symlink_to(label)
-        (folder / identifier).symlink_to(cache.resolve(), target_is_directory=True)
+        for identifier, cache in caches.items():
+            (folder / identifier).symlink_to(cache.resolve(), target_is_directory=True)
         files.write_json(folder / "prepared.json", wanted)
-    return preparation
+
+
+def _given_plan(task: tasks.Task) -> tasks.Plan:
+    if task.plan is None:
+        raise FednnunetError(Code.ENVELOPE_INVALID, "prepare without a plan")
+    if files.sha256_json(task.plan.plans) != task.plan.plans_sha256:
+        raise FednnunetError(Code.PLANS_HASH, f"their SHA-256 is {files.sha256_json(task.plan.plans)}")
+    native.check_plans(task.plan.plans, task.study)
+    return task.plan
 
 
 def check_device(settings: Settings) -> None:
@@ -154,7 +199,7 @@ def preprocess(
     folder: Path,
     plans: Mapping[str, Any],
     dataset_json: Mapping[str, Any],
-    study: Study,
+    configuration: str,
     processes: int,
     control: Control,
 ) -> None:
@@ -162,7 +207,7 @@ def preprocess(
 
     One process: here, one case after the other. More: spawned, as nnU-Net does it. Raises FNU-304 or FNU-702.
     """
-    arguments = (dict(plans), study.configuration, dict(dataset_json), str(folder))
+    arguments = (dict(plans), configuration, dict(dataset_json), str(folder))
     try:
         if processes == 1 or len(cases) == 1:
             _start_preprocessing(*arguments)
@@ -232,10 +277,16 @@ def _preprocess_case(case: Case) -> None:
         raise RuntimeError(f"case {name}: {error!r}") from error
 
 
-def _identifier(plans: Mapping[str, Any], study: Study) -> str:
+def _identifier(plans: Mapping[str, Any], configuration: str) -> str:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    return str(PlansManager(dict(plans)).get_configuration(study.configuration).data_identifier)
+    return str(PlansManager(dict(plans)).get_configuration(configuration).data_identifier)
+
+
+def _with_data(plans: Mapping[str, Any], configuration: str) -> str:
+    """The configuration that a configuration shares its preprocessed data with: the cascade's is 3d_fullres."""
+    entry = plans["configurations"][configuration]
+    return configuration if "data_identifier" in entry else _with_data(plans, entry["inherits_from"])
 
 
 def _with_listing(data: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:

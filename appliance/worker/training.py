@@ -5,7 +5,9 @@ Rules:
 - The trainer is a subclass of the study's trainer class under the same name, made once for a fold; nothing of
   nnU-Net is patched. A round is the study's number of epochs through nnU-Net's own callbacks.
 - `current_epoch` follows the round in the task, never a count of calls: so does the learning rate.
-- The network begins each round with the global weights. Momentum, gradient scaler and log are the site's own.
+- The network begins each round with the global weights: with all tensors, or with those that the site shares
+  (`keep_local`, AsymFedAvg). The others begin as nnU-Net makes them from the study's seed, and stay here.
+- Gradient scaler and log are the site's own, and so is the momentum, unless the study resets it in each round.
 - A round is a function of (global weights, state before the round, seed): the generators of random numbers are
   seeded from (study, site, fold, round). With `augmentation_processes = 0` and `threads = 1` on a CPU, bit for bit.
 - What the next round needs is written as `after-ROUND` before the answer leaves; the newest one is written last and
@@ -18,6 +20,7 @@ Worked example: killed after the answer to round 1, the worker is asked for roun
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import io
@@ -26,7 +29,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ from appliance.settings import Settings
 from appliance.worker.workspace import Control, Workspace
 from federation import files, native, tasks, weights
 from federation.errors import Code, FednnunetError
+from federation.layers import kept_local
+from federation.weights import TensorFile
 
 
 class RoundLogger(MetaLogger):
@@ -115,6 +120,44 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class ProximalPull:
+    """FedProx (Li et al. 2020, equation 2): mu / 2 times the squared distance to the round's global weights.
+
+    Its gradient, mu times (weights - global weights), is added just before the optimizer's step: after nnU-Net has
+    clipped its own gradients, and without a trace in the loss that is logged. Only what the site shares is pulled.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Its weights are the round's global ones now.
+    shared : Collection[str]
+        The tensors that have a global value.
+    mu : float
+        The strength.
+    """
+
+    def __init__(self, network: Any, shared: Collection[str], mu: float) -> None:
+        parameters = dict(native.plain_network(network).named_parameters())
+        chosen = [parameters[name] for name in shared if name in parameters]
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in chosen]
+        self._mu = mu
+
+    @contextlib.contextmanager
+    def on(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Pull at each step of an optimizer."""
+        handle = optimizer.register_step_pre_hook(self._pull)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _pull(self, *_: Any) -> None:
+        for parameter, reference in self._pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter, alpha=self._mu).sub_(reference, alpha=self._mu)
+
+
 class FoldTrainer:
     """One fold's trainer: network, optimizer and, from the first round on, loaders.
 
@@ -157,10 +200,12 @@ class FoldTrainer:
         trainer.num_iterations_per_epoch = study.iterations_per_epoch
         trainer.num_val_iterations_per_epoch = study.validation_iterations_per_epoch
         trainer._best_ema = math.inf
+        seed_everything(study.seed)  # as the orchestrator makes the first weights
         trainer.configuration_manager.configuration.pop("next_stage", None)  # no cascade: nothing to predict for it
         trainer.initialize()
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # sets the mirroring axes
         self.round = 0
+        self.shared: list[str] = []
         self.cases = len(trainer.do_split()[0])
         self.start_seconds = time.perf_counter() - started
 
@@ -196,6 +241,9 @@ class FoldTrainer:
         if trainer.grad_scaler is not None and state["grad_scaler"] is not None:
             trainer.grad_scaler.load_state_dict(state["grad_scaler"])
         trainer.logger.load_checkpoint(state["logging"])
+        tensors = native.unique_tensors(trainer.network)
+        for name, value in state["local"].items():
+            tensors[name].copy_(value)
         self.round = number
 
     def _write_state(self, number: int) -> None:
@@ -206,6 +254,11 @@ class FoldTrainer:
             "optimizer": trainer.optimizer.state_dict(),
             "grad_scaler": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
             "logging": native.plain(trainer.logger.get_checkpoint()),
+            "local": {
+                name: tensor.cpu()
+                for name, tensor in native.unique_tensors(trainer.network).items()
+                if name not in self.shared
+            },
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -219,6 +272,18 @@ class FoldTrainer:
                 self.carry(other).unlink(missing_ok=True)
 
     # a round
+
+    def take(self, global_weights: Path) -> None:
+        """Put the global weights into the network; what the site does not share stays as it is.
+
+        Raises FNU-404 when a tensor is missing, is not the network's, or must not be shared.
+        """
+        names = set(native.unique_tensors(self.trainer.network))
+        may_be_shared = names - kept_local(names, self.study.keep_local)
+        if self.study.mode == "asymfedavg":
+            may_be_shared &= set(TensorFile(global_weights).specs)
+        native.load_weights(self.trainer.network, global_weights, torch.from_numpy, may_be_shared)
+        self.shared = sorted(may_be_shared)
 
     def start(self) -> None:
         """Start the loaders, unless they run."""
@@ -258,10 +323,13 @@ class FoldTrainer:
         trainer.current_epoch = first = (number - 1) * study.epochs_per_round
         trainer.logger.begin(first)
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-        native.load_weights(trainer.network, global_weights, torch.from_numpy)
+        self.take(global_weights)
+        if study.momentum == "reset":
+            trainer.optimizer.state.clear()
+        pull = ProximalPull(trainer.network, self.shared, study.proximal_mu) if study.proximal_mu else None
         seed_everything(seed_of(study.seed, self.settings.name, self.fold, number))
         for epoch in range(first, first + study.epochs_per_round):
-            self._epoch(epoch, number, seconds, control)
+            self._epoch(epoch, number, seconds, control, pull)
 
         clock = time.perf_counter()
         control.phase(f"round {number}: writing the update")
@@ -288,16 +356,19 @@ class FoldTrainer:
             header,
         )
 
-    def _epoch(self, epoch: int, number: int, seconds: dict[str, float], control: Control) -> None:
+    def _epoch(
+        self, epoch: int, number: int, seconds: dict[str, float], control: Control, pull: ProximalPull | None
+    ) -> None:
         """One epoch, as in `nnUNetTrainer.run_training`."""
         trainer = self.trainer
         clock = time.perf_counter()
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
         name = f"round {number}, epoch {epoch + 1} of {trainer.num_epochs}"
-        trainer.on_train_epoch_end(
-            self._steps(trainer.train_step, trainer.dataloader_train, trainer.num_iterations_per_epoch, name, control)
-        )
+        steps = trainer.num_iterations_per_epoch
+        with pull.on(trainer.optimizer) if pull else contextlib.nullcontext():
+            outputs = self._steps(trainer.train_step, trainer.dataloader_train, steps, name, control)
+        trainer.on_train_epoch_end(outputs)
         seconds["train"] += time.perf_counter() - clock
         clock = time.perf_counter()
         with torch.no_grad():
@@ -322,11 +393,11 @@ class FoldTrainer:
 
     def _write_update(self, before: int, number: int, global_weights: Path, digest: str, out: Path) -> tasks.Weights:
         if self.study.wire == "full":
-            return weights.describe_full(out, native.save_weights(self.trainer.network, out))
+            return weights.describe_full(out, native.save_weights(self.trainer.network, out, self.shared))
         whole = out.with_name(f"{out.name}.whole")
         carry = self.carry(before) if before > 0 else None
         try:
-            native.save_weights(self.trainer.network, whole)
+            native.save_weights(self.trainer.network, whole, self.shared)
             weights.encode_difference(whole, global_weights, carry, out, self.carry(number))
             arrives = weights.apply_difference(global_weights, out, whole)
         finally:

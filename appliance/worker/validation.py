@@ -2,10 +2,12 @@
 
 Rules:
 
-- The global weights are judged, never the site's own after a round.
+- The global weights are judged, never the site's own after a round; with layers that stay at the site, these layers
+  and the global ones together: the model that the site gets.
 - Held-out training cases of a fold: nnU-Net's own validation, written where nnU-Net writes it. Fold `all` holds none
   out, and nothing is measured on cases that trained.
-- Cases of imagesTs that have a label in labelsTs: nnU-Net's predictor, scored with nnU-Net's own metrics.
+- Cases of imagesTs that have a label in labelsTs: nnU-Net's predictor, scored with nnU-Net's own metrics. For a
+  cascade its first stage predicts them before (appliance.worker.cascade).
 - What leaves is mean, deviation, minimum and number of cases for each label. Scores of single cases stay here.
 - The native model is what nnU-Net's commands accept: `dataset.json`, `plans.json`, this site's own
   `dataset_fingerprint.json`, and for each fold `checkpoint_final.pth`, `progress.png`, `validation/summary.json`.
@@ -27,6 +29,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from appliance.worker import cascade
 from appliance.worker.dataset import Case
 from appliance.worker.training import FoldTrainer
 from appliance.worker.workspace import Control
@@ -53,7 +56,7 @@ def validate(
         Sums only. Raises FNU-404 and whatever nnU-Net raises.
     """
     started = time.perf_counter()
-    native.load_weights(fold_trainer.trainer.network, global_weights, torch.from_numpy)
+    fold_trainer.take(global_weights)
     trainer, study = fold_trainer.trainer, fold_trainer.study
     report: dict[str, Any] = {}
     if fold_trainer.fold != "all":
@@ -126,6 +129,11 @@ def _predict_test_cases(fold_trainer: FoldTrainer, cases: Mapping[str, Case], co
     folder.mkdir(parents=True)
     manager = trainer.label_manager
     reader = trainer.plans_manager.image_reader_writer_class()
+    previous: Mapping[str, str] = {}
+    if study.previous_stage is not None:
+        previous = cascade.predict_test_cases(
+            fold_trainer.workspace, fold_trainer.settings, fold_trainer.plans, cases, control
+        )
     per_case = []
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -134,7 +142,10 @@ def _predict_test_cases(fold_trainer: FoldTrainer, cases: Mapping[str, Case], co
             control.check()
             control.phase(f"predicting test case {done + 1} of {len(cases)}")
             predictor.predict_from_files_sequential(
-                [[str(path) for path in case.images]], [str(folder / name)], study.save_probabilities
+                [[str(path) for path in case.images]],
+                [str(folder / name)],
+                study.save_probabilities,
+                folder_with_segs_from_prev_stage=previous.get(name),
             )
             per_case.append(
                 compute_metrics(
@@ -168,7 +179,7 @@ def _mean(values: Sequence[float]) -> float:
 def finish(fold_trainer: FoldTrainer, global_weights: Path, control: Control) -> Path:
     """Write the native model of one fold; returns the model's folder. Raises FNU-404 and FNU-702."""
     control.phase("writing the native model")
-    native.load_weights(fold_trainer.trainer.network, global_weights, torch.from_numpy)
+    fold_trainer.take(global_weights)
     trainer, workspace = fold_trainer.trainer, fold_trainer.workspace
     model, folder = Path(trainer.output_folder_base), Path(trainer.output_folder)
     for target, source in (

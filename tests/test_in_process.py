@@ -1,0 +1,75 @@
+"""A study in one process, from three datasets to one model; only the network is simulated (tests/in_process.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import phantom_study
+from in_process import Federation, Outcome, predict
+
+from federation import files
+from federation.errors import Code, FednnunetError
+from federation.study import parse
+from federation.tasks import Kind, Task
+
+SITES = ["hospital_a", "hospital_b", "hospital_c"]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str, Path]) -> Federation:
+    return Federation(tmp_path_factory.mktemp("federation"), tiny_phantom_sites)
+
+
+@pytest.fixture(scope="module")
+def outcome(federation: Federation) -> Outcome:
+    return federation.run(parse(phantom_study(SITES, iterations_per_epoch=2)))
+
+
+def test_a_study_ends_in_one_model_that_nnunet_predicts_with(
+    federation: Federation, outcome: Outcome, tiny_phantom_sites: dict[str, Path], tmp_path: Path
+) -> None:
+    assert [line["participants"] for line in outcome.events("closed")] == [SITES, SITES]
+    assert outcome.lines[-1]["event"] == "done"
+    assert all(outcome.scores(site).test_cases == 2 for site in SITES)
+    written = predict(outcome.zip, tiny_phantom_sites["hospital_b"] / "imagesTs", tmp_path)
+    assert len(written) == 2
+
+
+def test_every_site_has_the_same_weights_in_its_own_model(federation: Federation, outcome: Outcome) -> None:
+    digest = outcome.exported["weights"]["all"]
+    assert files.sha256_of(outcome.weights(2)) == digest
+    first, *others = [
+        torch.load(
+            federation.model_at_site(site, outcome.study) / "fold_all" / "checkpoint_final.pth", weights_only=True
+        )["network_weights"]
+        for site in SITES
+    ]
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_study_run_again_goes_on_from_its_journal(federation: Federation, outcome: Outcome) -> None:
+    asked = len(outcome.events("asked"))
+    assert len(federation.run(outcome.study).events("asked")) == asked
+
+
+def test_a_round_goes_on_without_a_silent_site_where_the_quorum_allows(federation: Federation) -> None:
+    def silent(site: str, task: Task) -> bool:
+        return site == "hospital_b" and task.kind is Kind.TRAIN and task.round == 1
+
+    study = phantom_study(SITES, iterations_per_epoch=2, validation_iterations_per_epoch=1, quorum=2)
+    outcome = federation.run(parse(study), silent)
+    first, second = outcome.events("closed")
+    assert first["participants"] == ["hospital_a", "hospital_c"]
+    assert first["missing"] == {"hospital_b": "no answer (simulated)"}
+    assert second["participants"] == SITES
+
+
+def test_without_the_quorum_the_study_fails(federation: Federation) -> None:
+    study = parse(phantom_study(SITES, rounds=1, iterations_per_epoch=1))
+    with pytest.raises(FednnunetError) as caught:
+        federation.run(study, lambda site, task: site == "hospital_c" and task.kind is Kind.TRAIN)
+    assert caught.value.code is Code.QUORUM_NOT_MET
+    assert federation.journal_lines(study)[-1]["event"] != "done"
