@@ -1,22 +1,26 @@
-"""Dice of local-only, federated (FFE) and centralized training, at equal numbers of iterations, on real data.
+"""Dice of local-only, federated (AsymFedAvg, FFE) and centralized training, at equal numbers of iterations, real data.
 
 One command::
 
-    python benchmarks/accuracy.py --output accuracy.json
+    python benchmarks/accuracy.py --seeds 3 --output accuracy.json
 
 Rules:
 
-- Every model is a study through the same code, by the same processes: `local` is a study with one site, `centralized`
-  a study with one site whose dataset is the union of all (symbolic links in a temporary folder), `FFE` a study with
-  all sites: pooled fingerprint, one plan, weighted mean.
+- Every model is a study through the same code: `local` is a study with one site, `centralized` a study with one site
+  whose dataset is the union of all (symbolic links in a temporary folder), `FFE` a study with all sites: pooled
+  fingerprint, one plan, weighted mean; `AsymFedAvg` the same study with each site's own plan (`layers: groups`). The
+  variants are the FFE study with another aggregation or another rule at the sites.
+- The federation of a study runs in one process (tests/in_process.py): conductor, journal, spools, workers and nnU-Net
+  are real, Flower is left out, which carries the same bytes and would only add its processes to the machine's load.
 - Equal iterations means rounds x iterations optimizer steps along each model's own path: so many at the one site of
   local and centralized training, and so many at each site in federated training. All sites together thus compute as
-  many times more steps for FFE as there are sites, and see as many times more patches; batch size, patch size and the
-  schedule of the learning rate follow the same rules for all. Every case trains (fold `all`).
-- Every model is judged on every site's labelsTs, which no training sees. The score is nnU-Net's Dice: the mean over
-  the foreground labels of a case, then over the cases of a site, then over the seeds.
-- The network is the small one for CPUs (SmallUNetPlanner) and training is short: figures compare the three ways at
-  this setting, and say nothing about what nnU-Net reaches on these data.
+  many times more steps for a federated model as there are sites, and see as many times more patches; batch size, patch
+  size and the schedule of the learning rate follow the same rules for all. Every case trains (fold `all`).
+- Every model is judged on every site's labelsTs, which no training sees (AsymFedAvg: each site's own model on its own).
+  The score is nnU-Net's Dice: the mean over the foreground labels of a case, then over the cases of a site; tables show
+  mean and standard deviation over the seeds.
+- The network is the small one for CPUs (SmallUNetPlanner) and training is short: figures compare the ways at this
+  setting, and say nothing about what nnU-Net reaches on these data.
 - lung_xray is three hospitals of three countries. The three "sites" of hippocampus are one institution, split by
   intensity scale.
 """
@@ -28,6 +32,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -92,6 +97,18 @@ DATASETS = {
 }
 
 
+# Each differs from FFE by these keys of the study alone.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "FedAvgM": {"aggregation": {"method": "fedavgm", "server_momentum": 0.5}},
+    "FedAdagrad": {"aggregation": {"method": "fedadagrad"}},
+    "FedYogi": {"aggregation": {"method": "fedyogi"}},
+    "FedAdam": {"aggregation": {"method": "fedadam"}},
+    "FedProx 0.01": {"proximal_mu": 0.01},
+    "norm kept local": {"keep_local": ["norm"]},
+    "momentum reset": {"momentum": "reset"},
+}
+
+
 # the data of one model
 
 
@@ -127,47 +144,55 @@ def link_site(target: Path, training: Mapping[str, Path], test: Mapping[str, Pat
 
 def child(folder: Path) -> None:
     """Run one study and write every test case's Dice."""
-    from rich.console import Console
+    from in_process import Federation
 
     from federation.study import parse
-    from orchestrator.admin.simulate import Simulation, SiteOptions
 
     request = json.loads((folder / "request.json").read_text())
     sources = {site: Path(path) for site, path in request["sources"].items()}
     data = {}
     for name, trains in request["sites"].items():
         data[name] = folder / "data" / name / request["study"]["dataset"]
-        judged = {name: sources[name]} if request["federated"] else sources
+        judged = {site: sources[site] for site in request["judged"][name]}
         link_site(data[name], {site: sources[site] for site in trains}, judged)
     study = parse({**request["study"], "sites": sorted(data)})
-    simulation = Simulation(folder / "state", data, SiteOptions(threads=1))
+    federation = Federation(folder / "federation", data)
     started = time.monotonic()
-    view = simulation.run(study, Console())
-    if view.exported is None:
-        raise SystemExit("the study ended without a model")
+    outcome = federation.run(study)
     names = {value: name for name, value in study.labels.items() if value}
     dice: dict[str, dict[str, dict[str, float]]] = {}
-    for path in sorted(
-        (folder / "state" / "sites").glob("*/state/worker/*/nnUNet_results/*/*/fold_all/test/summary.json")
-    ):
-        for case in json.loads(path.read_text())["metric_per_case"]:
-            site, _, name = Path(case["prediction_file"]).name.partition(SEPARATOR)
+    for name in study.sites:
+        scored = federation.model_at_site(name, study) / "fold_all" / "test" / "summary.json"
+        for case in json.loads(scored.read_text())["metric_per_case"]:
+            site, _, case_name = Path(case["prediction_file"]).name.partition(SEPARATOR)
             values = {names[int(label)]: metrics["Dice"] for label, metrics in case["metrics"].items()}
-            dice.setdefault(site, {})[name] = values
-    counts = {site: len(cases) for site, cases in dice.items()}
-    if set(dice) != set(sources):
-        raise SystemExit(f"scores of some test sets are missing: {counts}")
-    answer = {"dice": dice, "wall_s": round(time.monotonic() - started, 1)}
+            dice.setdefault(site, {})[case_name] = values
+    expected = {site for judged in request["judged"].values() for site in judged}
+    if set(dice) != expected:
+        raise SystemExit(f"scores of some test sets are missing: {sorted(expected - set(dice))}")
+    (layers,) = outcome.events("layers")
+    answer = {
+        "dice": dice,
+        "wall_s": round(time.monotonic() - started, 1),
+        "shared": {site: round(part / whole, 4) for site, (part, whole) in layers["shared"].items()},
+    }
     (folder / "answer.json").write_text(json.dumps(answer))
 
 
-def train(study: Mapping[str, Any], sources: Mapping[str, Path], sites: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def train(
+    study: Mapping[str, Any],
+    sources: Mapping[str, Path],
+    sites: Mapping[str, Sequence[str]],
+    judged: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
     """Train one model in a process of its own.
 
     Parameters
     ----------
     sites : mapping of str to sequence of str
-        For each site of the study, whose training cases it holds. More than one site: federated.
+        For each site of the study, whose training cases it holds.
+    judged : mapping of str to sequence of str
+        For each site of the study, whose test cases it is judged on.
     """
     with tempfile.TemporaryDirectory(prefix="fednnunet-benchmark-") as place:
         folder = Path(place)
@@ -175,7 +200,7 @@ def train(study: Mapping[str, Any], sources: Mapping[str, Path], sites: Mapping[
             "study": dict(study),
             "sources": {site: str(path) for site, path in sources.items()},
             "sites": dict(sites),
-            "federated": len(sites) > 1,
+            "judged": {site: list(others) for site, others in judged.items()},
         }
         (folder / "request.json").write_text(json.dumps(request))
         environment = {
@@ -206,15 +231,26 @@ def site_mean(cases: Mapping[str, Mapping[str, float]]) -> float:
     return sum(means) / len(means)
 
 
-def compare(name: str, data: Path, rounds: int | None, iterations: int | None, seeds: int, jobs: int) -> dict[str, Any]:
+def compare(
+    name: str,
+    data: Path,
+    rounds: int | None,
+    iterations: int | None,
+    seeds: int,
+    variant_seeds: int,
+    jobs: int,
+) -> dict[str, Any]:
     """Every model of one dataset, and its scores on every site."""
     dataset = DATASETS[name]
     sources = {site: (data / path).resolve() for site, path in dataset.folders.items()}
     rounds, iterations = rounds or dataset.rounds, iterations or dataset.iterations
-    models: dict[str, dict[str, list[str]]] = {
-        "FFE": {site: [site] for site in sources},
-        "centralized": {"everything": list(sources)},
-        **{f"local {site}": {site: [site]} for site in sources},
+    everyone = {site: [site] for site in sources}
+    models: dict[str, tuple[dict[str, list[str]], Mapping[str, Any], int]] = {
+        "FFE": (everyone, {}, seeds),
+        "AsymFedAvg": (everyone, {"mode": "asymfedavg"}, seeds),
+        "centralized": ({"everything": list(sources)}, {}, seeds),
+        **{f"local {site}": ({site: [site]}, {}, seeds) for site in sources},
+        **{variant: (everyone, changes, variant_seeds) for variant, changes in VARIANTS.items()},
     }
     common = {
         **dataset.study,
@@ -224,24 +260,37 @@ def compare(name: str, data: Path, rounds: int | None, iterations: int | None, s
         "iterations_per_epoch": iterations,
         "validation_iterations_per_epoch": 1,
     }
+    answers: dict[tuple[str, int], dict[str, Any]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             (model, seed): pool.submit(
                 train,
-                {**common, "name": f"{name}-{model.replace(' ', '-')}-{seed}", "seed": seed},
+                {
+                    **common,
+                    **changes,
+                    "name": f"{name}-{model.replace(' ', '-').replace('.', '-')}-{seed}",
+                    "seed": seed,
+                },
                 sources,
                 sites,
+                _judged(model, sites, list(sources), seed),
             )
-            for seed in range(1, seeds + 1)
-            for model, sites in models.items()
+            for seed in range(1, max(seeds, variant_seeds) + 1)
+            for model, (sites, changes, times) in models.items()
+            if seed <= times
         }
         answers = {key: future.result() for key, future in futures.items()}
     scores = {
         model: {
-            site: [round(site_mean(answers[model, seed]["dice"][site]), 4) for seed in range(1, seeds + 1)]
+            site: [
+                round(site_mean(answers[model, seed]["dice"][site]), 4)
+                for seed in range(1, times + 1)
+                if site in answers[model, seed]["dice"]
+            ]
             for site in sources
         }
-        for model in models
+        for model, (_, _, times) in models.items()
+        if times
     }
     return {
         "title": dataset.title,
@@ -249,22 +298,31 @@ def compare(name: str, data: Path, rounds: int | None, iterations: int | None, s
         "iterations": iterations,
         "optimizer_steps": rounds * iterations,
         "seeds": seeds,
+        "variant_seeds": variant_seeds,
         "study": common,
+        "variants": VARIANTS,
         "training_cases": {
             site: len(list((folder / "labelsTr").glob(f"*{dataset.study['file_ending']}")))
             for site, folder in sources.items()
         },
         "test_cases": {site: len(answers["FFE", 1]["dice"][site]) for site in sources},
+        "shared_by_asymfedavg": answers["AsymFedAvg", 1]["shared"],
         "dice": scores,
         "wall_s": {f"{model}, seed {seed}": answer["wall_s"] for (model, seed), answer in answers.items()},
     }
 
 
+def _judged(model: str, sites: Mapping[str, Sequence[str]], everyone: list[str], seed: int) -> dict[str, list[str]]:
+    """On whose test cases each site of a study is judged: a local model on all of them with the first seed alone."""
+    if model == "centralized" or (model.startswith("local") and seed == 1):
+        return {site: everyone for site in sites}
+    return {site: list(own) for site, own in sites.items()}
+
+
 def cell(values: Sequence[float]) -> str:
-    """Mean over seeds, and their spread where there is more than one."""
-    mean = sum(values) / len(values)
-    spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
-    return f"{mean:.3f}{spread}"
+    """Mean over seeds, and their standard deviation where there is more than one."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -280,32 +338,37 @@ def show(result: Mapping[str, Any]) -> None:
     console = Console(width=120)
     heading = (
         f"{result['title']}. Dice after {result['rounds']} x {result['iterations']} = {result['optimizer_steps']} "
-        f"iterations along each model's path, {result['seeds']} seed(s)"
+        f"iterations along each model's path; mean ± standard deviation of"
     )
-    table = Table(title=heading, title_justify="left")
-    for column in ("test set of (train / test cases)", "local", "FFE", "centralized"):
-        table.add_column(column, justify="left" if column.startswith("test") else "right")
-    columns = {
-        "local": [dice[f"local {site}"][site] for site in sites],
-        "FFE": [dice["FFE"][site] for site in sites],
-        "centralized": [dice["centralized"][site] for site in sites],
-    }
-    for index, site in enumerate(sites):
-        numbers = f"{site} ({result['training_cases'][site]} / {result['test_cases'][site]})"
-        table.add_row(numbers, *(cell(rows[index]) for rows in columns.values()))
-    table.add_section()
-    table.add_row("mean of the sites", *(cell(seed_means(rows)) for rows in columns.values()))
-    console.print(table)
-    crossed = Table(title="Each local model on every test set", title_justify="left")
+    local = {site: dice[f"local {site}"][site] for site in sites}
+    ways = {"local": local, **{way: dice[way] for way in ("AsymFedAvg", "FFE", "centralized")}}
+    variants = {name: dice[name] for name in result["variants"] if name in dice}
+    for columns, seeds in ((ways, result["seeds"]), (variants, result["variant_seeds"])):
+        if not columns:
+            continue
+        table = Table(title=f"{heading} {seeds} seed(s)", title_justify="left")
+        table.add_column("test set of (train / test cases)")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for site in sites:
+            numbers = f"{site} ({result['training_cases'][site]} / {result['test_cases'][site]})"
+            table.add_row(numbers, *(cell(rows[site]) for rows in columns.values()))
+        table.add_section()
+        means = (cell(seed_means([rows[site] for site in sites])) for rows in columns.values())
+        table.add_row("mean of the sites", *means)
+        console.print(table)
+    shared = ", ".join(f"{site} {100 * part:.0f} %" for site, part in result["shared_by_asymfedavg"].items())
+    console.print(f"AsymFedAvg, parameters that a site shares with another: {shared}")
+    crossed = Table(title="Each local model on every test set (the first seed)", title_justify="left")
     crossed.add_column("test set of")
     for site in sites:
         crossed.add_column(f"local {site}", justify="right")
     for judged in sites:
-        crossed.add_row(judged, *(cell(dice[f"local {site}"][judged]) for site in sites))
+        crossed.add_row(judged, *(cell(dice[f"local {site}"][judged][:1]) for site in sites))
     crossed.add_section()
     crossed.add_row(
         "mean of the sites",
-        *(cell(seed_means([dice[f"local {site}"][judged] for judged in sites])) for site in sites),
+        *(cell(seed_means([dice[f"local {site}"][judged][:1] for judged in sites])) for site in sites),
     )
     console.print(crossed)
     console.print()
@@ -316,7 +379,8 @@ def main() -> None:
     parser.add_argument("--dataset", choices=DATASETS, action="append", help="default: all of them")
     parser.add_argument("--rounds", type=int, help="rounds of every study; default: the dataset's own")
     parser.add_argument("--iterations", type=int, help="iterations in a round; default: the dataset's own")
-    parser.add_argument("--seeds", type=int, default=1, help="how many times everything is trained")
+    parser.add_argument("--seeds", type=int, default=1, help="how many times the four ways are trained")
+    parser.add_argument("--variant-seeds", type=int, default=1, help="how many times the variants of FFE are trained")
     parser.add_argument("--jobs", type=int, default=2, help="models trained at the same time")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of lung_xray and hippocampus")
     parser.add_argument(
@@ -328,7 +392,7 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        sys.path.insert(0, str(ROOT))
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
         child(arguments.child)
         return
     if not arguments.data.is_dir():
@@ -347,7 +411,13 @@ def main() -> None:
     for name in arguments.dataset or list(DATASETS):
         started = time.monotonic()
         result["datasets"][name] = compare(
-            name, arguments.data, arguments.rounds, arguments.iterations, arguments.seeds, arguments.jobs
+            name,
+            arguments.data,
+            arguments.rounds,
+            arguments.iterations,
+            arguments.seeds,
+            arguments.variant_seeds,
+            arguments.jobs,
         )
         show(result["datasets"][name])
         result["datasets"][name]["all_s"] = round(time.monotonic() - started)

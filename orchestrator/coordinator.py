@@ -237,6 +237,8 @@ class Conductor:
             self.journal.write(
                 "layers",
                 sha256=files.sha256_of(path),
+                shared={site: [layers.shared(site), layers.totals[site]] for site in self.study.sites},
+                common=layers.common,
                 first={site: file.name for site, file in files_of.items()},
                 plans_name=plan.plans["plans_name"] if plan else next(iter(networks.values())).plans_name,
             )

@@ -289,6 +289,7 @@ def predict(archive: Path, images: Path, out: Path, folds: Sequence[str] = ("all
         content.extractall(installed)
     (model,) = installed.glob("Dataset*/*")
     ending = files.read_json(model / "dataset.json")["file_ending"]
+    _let_torchvision_load()
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), tuple(folds))
     written.mkdir(parents=True)
@@ -297,3 +298,25 @@ def predict(archive: Path, images: Path, out: Path, folds: Sequence[str] = ("all
         cases.setdefault(path.name.removesuffix(ending)[:-5], []).append(str(path))
     predictor.predict_from_files_sequential(list(cases.values()), [str(written / name) for name in cases])
     return sorted(written.glob(f"*{ending}"))
+
+
+def _let_torchvision_load() -> None:
+    """nnU-Net looks a trainer up by importing all of them, and some need torchvision.
+
+    A torchvision that was built for another torch than the CPU's (the one on PyPI) lacks its compiled operators and
+    cannot be imported before they are declared. None of them is ever called here.
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
+    except ImportError:
+        pass
+
+
+_kept: list[Any] = []

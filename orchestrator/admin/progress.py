@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from federation.errors import Code, FednnunetError
-from federation.study import Study
+from federation.study import CASCADE, LOWRES, Study
 from federation.tasks import Validation
+from orchestrator.admin.layers import layers_table, read_layers, summary
 
 PHASES = (
     "enrolling",
@@ -97,6 +98,8 @@ class StudyView:
                 return f"{line['site']}: {line['key']}: {line['reason']}"
             case "pooled":
                 self.pooled = line
+            case "layers" if not self.study.one_model:
+                return summary(line["shared"], line["common"])
             case "closed":
                 self.fold, self.round = line["fold"], line["round"]
                 self.seconds.append(line["seconds"])
@@ -268,17 +271,20 @@ def watch(
                 text = view.take(line)
                 if text and live is None:
                     console.print(text, soft_wrap=True, highlight=False)
+                if line["event"] == "layers" and not view.study.one_model:
+                    console.print(layers_table(read_layers(tail.path.parent)))
             if live is not None:
                 live.update(view.screen(doing))
             time.sleep(0.2)
 
 
 def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> Table:
-    """Dice of the global model on each site's held-out cases.
+    """Dice of the global model, or of each site's own, on the site's held-out cases.
 
     `test` scores (imagesTs against labelsTs) are shown where a site has them, else those of the fold's held-out cases.
     """
-    table = Table(title=f"Dice of the global model on held-out cases, fold {fold}")
+    judged = "the global model" if study.one_model else "each site's own model"
+    table = Table(title=f"Dice of {judged} on held-out cases, fold {fold}")
     table.add_column("site")
     table.add_column("held-out cases")
     parsed = {site: Validation.model_validate(value) for site, value in sites.items()}
@@ -311,5 +317,24 @@ def print_end(console: Console, view: StudyView, folder: Path) -> None:
     for site, why in view.exported["unfinished"].items():
         console.print(f"[yellow]without the final model:[/yellow] {site}: {why}")
     archive = folder / view.exported["path"]
+    if not view.study.one_model:
+        console.print("each site has a model of its own, in its state folder below worker/*/nnUNet_results")
+        kept = f"shared layers: {archive} ({size(view.exported['nbytes'])}); no whole model can be made of them"
+        console.print(kept, soft_wrap=True)
+        return
     console.print(f"model: {archive} ({size(view.exported['nbytes'])})", soft_wrap=True)
     console.print(f"install it with: nnUNetv2_install_pretrained_model_from_zip {archive}", soft_wrap=True)
+    _print_stages(console, view.study, folder)
+
+
+def _print_stages(console: Console, study: Study, folder: Path) -> None:
+    """What belongs together: a cascade predicts from what its first stage predicts, so nnU-Net needs both models."""
+    if study.previous_stage is not None:
+        archive = folder.parent / study.previous_stage / f"{study.dataset}.zip"
+        console.print(
+            f"its first stage too: nnUNetv2_install_pretrained_model_from_zip {archive}; the output folder of its "
+            "nnUNetv2_predict is this model's -prev_stage_predictions",
+            soft_wrap=True,
+        )
+    elif study.configuration == LOWRES and study.fold in ("0-4", "all"):
+        console.print(f'for a cascade: configuration: {CASCADE}, previous_stage: "{study.id}"', soft_wrap=True)

@@ -26,7 +26,9 @@ FOLD_HELP = (
 )
 
 Ids = Annotated[str, typer.Argument(metavar='"ID ID ..."', help="Dataset ids under nnUNet_raw; each is a site.")]
-Configuration = Annotated[str, typer.Argument(help="2d, 3d_fullres or 3d_lowres.")]
+Configuration = Annotated[
+    str, typer.Argument(help="2d, 3d_fullres, 3d_lowres or, after 3d_lowres with fold 0-4 or all, 3d_cascade_fullres.")
+]
 State = Annotated[
     Path | None, typer.Option("--state", help="Where everything is kept. Default: fednnunet-state/ID_ID_...")
 ]
@@ -158,6 +160,16 @@ def plan_and_preprocess(
         str | None, typer.Option("-overwrite_plans_name", help="Another name for the plans.")
     ] = None,
     no_pp: Annotated[bool, typer.Option("--no_pp", help="Plan only, do not preprocess.")] = False,
+    asym: Annotated[
+        bool,
+        typer.Option(
+            "--asym", help="AsymFedAvg: each site plans from its own data, and shares the layers that others have too."
+        ),
+    ] = False,
+    layers: Annotated[
+        str,
+        typer.Option("--layers", help="With --asym: groups (of two sites or more), or common (to all, as the paper)."),
+    ] = "groups",
     device: Device = "cpu",
     np: Np = None,
     npfp: Npfp = None,
@@ -173,11 +185,18 @@ def plan_and_preprocess(
         bool, _refused("--clean", "nothing old is kept: a fingerprint is read again when the data has changed")
     ] = False,
 ) -> None:
-    """Pool the fingerprints, make one plan (FFE), preprocess at every site."""
+    """Plan and preprocess at every site: one plan from the pooled fingerprint (FFE), or each its own (--asym)."""
     from federation import files
     from federation.errors import Code, FednnunetError
+    from federation.study import CASCADE
     from orchestrator.admin.datasets import find
 
+    if configuration == CASCADE:
+        raise FednnunetError(
+            Code.STUDY_INVALID,
+            f"{CASCADE} has the data of 3d_fullres",
+            "Give 3d_fullres; train finds the rest by itself.",
+        )
     datasets = find(ids)
     spacing = None
     if overwrite_target_spacing is not None:
@@ -192,6 +211,8 @@ def plan_and_preprocess(
         "plans_name": overwrite_plans_name,
         "fingerprint_min_cases": fingerprint_min_cases,
         "accept_float_labels": accept_float_labels,
+        "mode": "asymfedavg" if asym else "ffe",
+        "layers": layers,
     }
     study = {
         **datasets.contract,
@@ -204,9 +225,31 @@ def plan_and_preprocess(
     }
     where = _state(state, ids)
     folder = _go(study, datasets, where, device, np, npfp)
-    plans = files.read_json(folder / "plan.json")["plans"]
-    files.write_json(where / "planned" / f"{plans['plans_name']}.json", planning)
-    _print_plan(plans, configuration, folder)
+    if asym:
+        _print_networks(folder, list(datasets.sites))
+        name = _plans_name(folder)
+    else:
+        plans = files.read_json(folder / "plan.json")["plans"]
+        _print_plan(plans, configuration, folder)
+        name = plans["plans_name"]
+    files.write_json(where / "planned" / f"{name}.json", planning)
+
+
+def _plans_name(folder: Path) -> str:
+    """What the sites that plan for themselves call their plans."""
+    from federation.audit import read
+
+    (line,) = [line for line in read(folder / "journal.jsonl") if line["event"] == "layers"]
+    return str(line["plans_name"])
+
+
+def _print_networks(folder: Path, sites: list[str]) -> None:
+    from orchestrator.admin.layers import networks_table
+
+    console = _console()
+    console.print(networks_table(folder, sites))
+    name = _plans_name(folder)
+    console.print(f"plans {name}, each site's own; shared layers: {folder / 'layers.json'}", soft_wrap=True)
 
 
 def _print_plan(plans: dict[str, Any], configuration: str, folder: Path) -> None:
@@ -235,7 +278,17 @@ def train(
         int, typer.Option("--validation-iterations", help="Iterations of the online validation in an epoch.")
     ] = 50,
     wire: Annotated[str, typer.Option("--wire", help="full: float32. half: float16 differences.")] = "full",
+    aggregation: Annotated[
+        str,
+        typer.Option("--aggregation", help="mean, fedavgm, fedadam, median, krum, ...; see docs/reference/study.md."),
+    ] = "mean",
     weighting: Annotated[str, typer.Option("--weighting", help="cases or uniform.")] = "cases",
+    proximal_mu: Annotated[float, typer.Option("--proximal-mu", help="FedProx's mu; 0: plain.")] = 0.0,
+    keep_local: Annotated[
+        list[str] | None,
+        typer.Option("--keep-local", help="Layers that stay at each site: norm, seg_head or a pattern; repeatable."),
+    ] = None,
+    momentum: Annotated[str, typer.Option("--momentum", help="Between rounds: keep or reset.")] = "keep",
     quorum: Annotated[int | None, typer.Option("--quorum", help="Sites a round needs; default: all.")] = None,
     round_deadline: Annotated[float, typer.Option("--round-deadline", help="Seconds for a round.")] = 86400.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the study.")] = 12345,
@@ -261,10 +314,10 @@ def train(
         bool, _refused("--disable_checkpointing", "without checkpoints a killed worker could not go on")
     ] = False,
 ) -> None:
-    """Train one network over all sites (FFE: one plan, weighted mean), validate, export."""
+    """Train over all sites as they were planned (FFE or AsymFedAvg), validate, export."""
     from federation import files
     from federation.errors import Code, FednnunetError
-    from federation.study import parse
+    from federation.study import CASCADE, parse
     from orchestrator.admin.datasets import find
 
     if fold not in ("0", "1", "2", "3", "4", "0-4", "all"):
@@ -287,18 +340,31 @@ def train(
         "iterations_per_epoch": iterations,
         "validation_iterations_per_epoch": validation_iterations,
         "wire": wire,
-        "aggregation": {"weighting": weighting},
+        "aggregation": {"method": aggregation, "weighting": weighting},
+        "proximal_mu": proximal_mu,
+        "keep_local": keep_local or [],
+        "momentum": momentum,
         "quorum": quorum,
         "round_deadline": round_deadline,
         "seed": seed,
         "save_probabilities": npz,
         "appear_deadline": appear_deadline,
     }
+    if configuration == CASCADE:
+        study["previous_stage"] = _first_stage(study, where / "orchestrator" / "studies")
     if pretrained_weights is not None:
         study["pretrained_weights"] = _take_pretrained(pretrained_weights, where / "orchestrator" / "pretrained")
     if c and not (where / "orchestrator" / "studies" / parse(study, "options").id).exists():
         raise FednnunetError(Code.NOTHING_TO_CONTINUE, f"--c, in {where}")
     _go(study, datasets, where, device, np, npfp)
+
+
+def _first_stage(study: dict[str, Any], studies: Path) -> str:
+    """The id of the newest finished study of 3d_lowres with the same planning and trainer."""
+    from federation.study import parse
+    from orchestrator.stages import newest
+
+    return newest(studies, parse({**study, "previous_stage": "0" * 64}, "options")).study.id
 
 
 def _take_pretrained(checkpoint: Path, folder: Path) -> str:
@@ -313,6 +379,68 @@ def _take_pretrained(checkpoint: Path, folder: Path) -> str:
     with replacing(folder / f"{digest}.pth") as temporary:
         shutil.copyfile(checkpoint, temporary)
     return digest
+
+
+@app.command("find_best_configuration")
+def find_best_configuration(
+    ids: Ids,
+    c: Annotated[
+        list[str] | None,
+        typer.Option("-c", metavar='"CONFIGURATION ..."', help="Configurations. Default: all that are trained."),
+    ] = None,
+    p: Annotated[
+        list[str] | None, typer.Option("-p", metavar='"PLANS ..."', help="Plans. Default: nnUNetPlans")
+    ] = None,
+    tr: Annotated[
+        list[str] | None, typer.Option("-tr", metavar='"TRAINER ..."', help="Trainers. Default: nnUNetTrainer")
+    ] = None,
+    state: State = None,
+    disable_ensembling: Annotated[
+        bool, typer.Option("--disable_ensembling", help="Accepted: ensembles are never compared, with or without it.")
+    ] = False,
+    f: Annotated[
+        str | None, _refused("-f", "every case must be held out once at every site: all five folds are compared")
+    ] = None,
+    np: Annotated[str | None, _refused("-np", "nothing is predicted or scored again")] = None,
+    no_overwrite: Annotated[bool, _refused("--no_overwrite", "nothing is predicted or scored again")] = False,
+) -> None:
+    """Say which trained configuration is best over all sites (nnUNetv2_find_best_configuration), and how to run it."""
+    from federation.errors import Code, FednnunetError
+    from orchestrator.admin.best import show
+    from orchestrator.admin.datasets import find
+    from orchestrator.finished import load_all
+
+    datasets, where = find(ids), _state(state, ids)
+    trained = [
+        one
+        for one in load_all(where / "orchestrator" / "studies")
+        if one.study.fold == "0-4" and one.zip is not None and set(one.study.sites) == set(datasets.sites)
+    ]
+    console, chosen = _console(), []
+    for trainer in _words(tr, "nnUNetTrainer"):
+        for configuration in _words(c, "2d 3d_fullres 3d_lowres 3d_cascade_fullres"):
+            for plans in _words(p, "nnUNetPlans"):
+                wanted = (trainer, configuration, plans)
+                fitting = [
+                    one for one in trained if (one.study.trainer, one.study.configuration, one.plans_name) == wanted
+                ]
+                if fitting:
+                    chosen.append(fitting[-1])  # the newest
+                elif c is not None:
+                    raise FednnunetError(
+                        Code.STUDY_NOT_FOUND, f"{'__'.join((trainer, plans, configuration))} with fold 0-4, in {where}",
+                        "Train it with fold 0-4 first, or leave it out of -c.",
+                    )  # fmt: skip
+                else:
+                    console.print(f"{trainer}__{plans}__{configuration}: no finished study with fold 0-4, left out")
+    if not chosen:
+        raise FednnunetError(Code.STUDY_NOT_FOUND, f"none with fold 0-4 in {where}", "Train one with fold 0-4 first.")
+    show(chosen, where / "best" / chosen[0].study.dataset, console)
+
+
+def _words(given: list[str] | None, default: str) -> list[str]:
+    """The words of an option that may hold several, and may be given several times."""
+    return [word for text in (given or [default]) for word in text.replace(",", " ").split()]
 
 
 @app.command("run")

@@ -21,7 +21,7 @@ def check(file: Annotated[Path, typer.Argument(help="The study, YAML.")]) -> Non
 
     study = load(file)
     console = Console()
-    console.print(f"[green]{file}: a valid study[/green], id {study.id[:16]}")
+    console.print(f"[green]{file}: a valid study[/green], id {study.id}", soft_wrap=True)
     table = Table(show_lines=False)
     for column in ("field", "value", "meaning"):
         table.add_column(column, overflow="fold")
@@ -80,3 +80,26 @@ def submit(
         report = f"site report, in the site's own state folder: {report_at_site(study)}\n" if faulty else ""
         view.raise_failure(f"{report}journal: {folder}")
         print_end(console, view, folder)
+
+
+@app.command()
+def best(
+    studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Names of finished studies, or their ids.")],
+    state: Annotated[Path, typer.Option(help="The orchestrator's state folder, on this machine.")],
+) -> None:
+    """Compare cross-validations (fold 0-4) over all sites and say which configuration is best, and how to run it.
+
+    nnUNetv2_find_best_configuration for single configurations, from the sums that the sites have reported. Of equals
+    the first given is the best.
+    """
+    from rich.console import Console
+
+    from federation.console import require
+
+    require("orchestrator", "numpy")
+    from orchestrator.admin.best import show
+    from orchestrator.finished import find
+
+    folder = state.resolve()
+    found = [find(folder / "studies", given) for given in studies]
+    show(found, folder / "best" / found[0].study.dataset, Console())
