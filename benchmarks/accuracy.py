@@ -315,7 +315,7 @@ def compare(
 def _judged(model: str, sites: Mapping[str, Sequence[str]], everyone: list[str], seed: int) -> dict[str, list[str]]:
     """On whose test cases each site of a study is judged: a local model on all of them with the first seed alone."""
     if model == "centralized" or (model.startswith("local") and seed == 1):
-        return {site: everyone for site in sites}
+        return dict.fromkeys(sites, everyone)
     return {site: list(own) for site, own in sites.items()}
 
 

@@ -155,7 +155,7 @@ class ProximalPull:
     def _pull(self, *_: Any) -> None:
         for parameter, reference in self._pairs:
             if parameter.grad is not None:
-                parameter.grad.add_(parameter, alpha=self._mu).sub_(reference, alpha=self._mu)
+                parameter.grad.add_(parameter - reference, alpha=self._mu)
 
 
 class FoldTrainer:
@@ -234,9 +234,6 @@ class FoldTrainer:
             return
         trainer = self.trainer
         trainer.current_epoch = number * self.study.epochs_per_round
-        warmup = getattr(trainer, "warmup_duration_whole_net", None)
-        if warmup is not None and trainer.current_epoch > warmup:  # nnUNetTrainer_warmup changes its schedule once
-            trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers("train")
         trainer.optimizer.load_state_dict(state["optimizer"])
         if trainer.grad_scaler is not None and state["grad_scaler"] is not None:
             trainer.grad_scaler.load_state_dict(state["grad_scaler"])
@@ -321,6 +318,9 @@ class FoldTrainer:
         self.start_seconds = 0.0
 
         trainer.current_epoch = first = (number - 1) * study.epochs_per_round
+        warmup = getattr(trainer, "warmup_duration_whole_net", None)
+        if warmup is not None and first > warmup:  # nnUNetTrainer_warmup ends it in one epoch, which a site may miss
+            trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers("train")
         trainer.logger.begin(first)
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
         self.take(global_weights)
