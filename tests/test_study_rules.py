@@ -1,0 +1,124 @@
+"""Settings that cannot work are refused by `fednnunet study check`, before any site is asked; what can work passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import fednnunet, good, phantom_study, refused, write_study
+
+from federation.errors import Code, FednnunetError
+from federation.layers import kept_local, possible_names
+from federation.study import parse
+
+FIVE = [f"site_{number}" for number in range(5)]
+CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "mu below 0": ({"proximal_mu": -0.1}, "proximal_mu: Input should be greater than or equal to 0"),
+    "a trim of half": ({"aggregation": {"method": "trimmed_mean", "trim": 0.5}}, "aggregation.trim"),
+    "a trim that leaves out nobody": (
+        {"aggregation": {"method": "trimmed_mean", "trim": 0.1}},
+        "aggregation.trim 0.1 of 5 sites leaves out none",
+    ),
+    "Krum with too few sites": (
+        {"aggregation": {"method": "krum", "faulty_sites": 2}},
+        "krum with 2 faulty sites needs 7 sites in every round, but sites is 5",
+    ),
+    "Krum with too small a quorum": (
+        {"aggregation": {"method": "multi_krum"}, "quorum": 4},
+        "needs 5 sites in every round, but quorum is 4",
+    ),
+    "more selected than can be sound": (
+        {"aggregation": {"method": "multi_krum", "selected_sites": 5}},
+        "aggregation.selected_sites 5 is more than all but the faulty sites",
+    ),
+    "Krum among groups": (
+        {"aggregation": {"method": "krum"}, "mode": "asymfedavg"},
+        "krum compares whole updates: it needs layers: common",
+    ),
+    "a method that does not exist": ({"aggregation": {"method": "mode"}}, "aggregation.method: Input should be"),
+    "a momentum of 1": ({"aggregation": {"method": "fedavgm", "server_momentum": 1.0}}, "aggregation.server_momentum"),
+    "a step of 0": ({"aggregation": {"method": "fedadam", "server_learning_rate": 0}}, "server_learning_rate"),
+    "a layer that no network has": (
+        {"keep_local": ["encoder.stage.0.*"]},
+        "no layer of any network of SmallUNetPlanner",
+    ),
+    "a layer of another planner's networks": ({"keep_local": ["encoder.stem.*"]}, "is called encoder.stem.*"),
+    "every layer kept": ({"keep_local": ["encoder.*", "decoder.*"]}, "keep_local keeps every layer"),
+    "pretrained layers that would not arrive": (
+        {"keep_local": ["norm"], "pretrained_weights": "b" * 64},
+        "may keep the seg_head alone",
+    ),
+    "one checkpoint for different networks": (
+        {"mode": "asymfedavg", "pretrained_weights": "b" * 64},
+        "pretrained_weights need mode ffe",
+    ),
+    "a fingerprint that never leaves": ({"mode": "asymfedavg", "stop_after": "fingerprint"}, "no fingerprint leaves"),
+    "a rule of asymfedavg without it": ({"layers": "common"}, "layers has a meaning with mode: asymfedavg alone"),
+    "a mode that does not exist": ({"mode": "fedavg"}, "mode: Input should be 'ffe' or 'asymfedavg'"),
+    "a cascade without its first stage": ({"configuration": "3d_cascade_fullres"}, "need each other"),
+    "a first stage without a cascade": ({"previous_stage": "a" * 64}, "need each other"),
+    "a cascade of different networks": ({**CASCADE, "mode": "asymfedavg"}, "3d_cascade_fullres needs mode ffe"),
+    "a trainer of other epochs": ({"trainer": "nnUNetTrainer_250epochs"}, "rounds x epochs_per_round is 2"),
+    "a trainer that needs another package": ({"trainer": "nnUNetTrainerAdan"}, "adan_pytorch"),
+    "a trainer that measures": ({"trainer": "nnUNetTrainerBenchmark_5epochs"}, "trains nothing of use"),
+    "a trainer that nobody knows": ({"trainer": "nnUNetTrainerMagic"}, "not one of nnU-Net's trainers"),
+}
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "krum": {"aggregation": {"method": "krum"}},
+    "krum, common layers": {"aggregation": {"method": "krum"}, "mode": "asymfedavg", "layers": "common"},
+    "trimmed mean": {"aggregation": {"method": "trimmed_mean", "trim": 0.2}},
+    "personal head of a pretrained model": {"keep_local": ["seg_head"], "pretrained_weights": "b" * 64},
+    "batch norm kept": {"keep_local": ["norm"], "trainer": "nnUNetTrainerBN"},
+    "a pattern": {"keep_local": ["decoder.stages.?.convs.*"]},
+    "stem": {"keep_local": ["encoder.stem.*"], "planner": "nnUNetPlannerResEncM"},
+    "epochs": {"trainer": "nnUNetTrainer_10epochs", "rounds": 5, "epochs_per_round": 2},
+    "cascade": CASCADE,
+}
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    return phantom_study(FIVE, **{"rounds": 2, **changes})
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_refused_with_its_reason(name: str) -> None:
+    changes, reason = WRONG[name]
+    with pytest.raises(FednnunetError) as error:
+        parse(study(**changes))
+    assert error.value.code is Code.STUDY_INVALID
+    assert reason in error.value.found
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_setting_that_can_work_passes(name: str) -> None:
+    assert parse(study(**RIGHT[name])).id
+
+
+def test_asymfedavg_of_one_site_is_refused() -> None:
+    with pytest.raises(FednnunetError, match="two sites or more"):
+        parse(phantom_study(["alone"], mode="asymfedavg"))
+
+
+def test_study_check_refuses_by_number_and_shows_what_it_accepts(tmp_path: Path) -> None:
+    write_study(tmp_path / "wrong.yaml", study(aggregation={"method": "krum", "faulty_sites": 2}))
+    refused(fednnunet("study", "check", "wrong.yaml", cwd=tmp_path), 102, "krum with 2 faulty sites needs 7 sites")
+    write_study(tmp_path / "right.yaml", study(keep_local=["norm"], proximal_mu=0.01))
+    shown = good(fednnunet("study", "check", "right.yaml", cwd=tmp_path)).out
+    assert "keep_local" in shown
+    assert "proximal_mu" in shown
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_aliases_name_the_layers_they_mean(residual: bool) -> None:
+    names = possible_names(residual)
+    norm, head = kept_local(names, ["norm"]), kept_local(names, ["seg_head"])
+    assert norm
+    assert all(".norm." in name for name in norm)
+    assert {name for name in names if ".norm." in name} == norm
+    assert {name for name in names if "seg_layers" in name} == head
+    assert kept_local(names, ["norm", "seg_head"]) == norm | head
+    assert not kept_local(names, [])
