@@ -2,7 +2,7 @@
 
 With the direction ``d = mean - base`` (the negative of the pseudo-gradient), element by element:
 
-- fedavgm (Hsu et al. 2019, arXiv 1909.06335, section 4.3): ``m = momentum * m + d``; ``new = base + step * m``.
+- fedavgm (Hsu et al. 2019, arXiv 1909.06335): ``m = momentum * m + d``; ``new = base + step * m``.
 - fedadagrad, fedyogi, fedadam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2):
   ``m = beta_1 * m + (1 - beta_1) * d``; ``new = base + step * m / (sqrt(v) + tau)``, with
   ``v = v + d^2`` (fedadagrad), ``v = v - (1 - beta_2) * d^2 * sign(v - d^2)`` (fedyogi),

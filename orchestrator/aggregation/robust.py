@@ -4,7 +4,7 @@
   mean of the two middle ones.
 - trimmed_mean (ibid., definition 2): element by element, ``int(trim * n)`` of the n values are left out at each end,
   and the others averaged. A tensor that only few sites hold may have none left out: then it is their mean.
-- krum, multi_krum (Blanchard et al. 2017, arXiv 1703.02757, sections 3 and 4): a site's score is the sum of the squared
+- krum, multi_krum (Blanchard et al. 2017, arXiv 1703.02757, section 4): a site's score is the sum of the squared
   distances to its ``n - f - 2`` closest others, f being `faulty_sites`. krum takes the update with the lowest score,
   multi_krum the mean of the `selected_sites` lowest.
 
@@ -183,7 +183,7 @@ def select(rule: Aggregation, updates: Mapping[str, Update], base: Path) -> list
     rule : Aggregation
         The method (`krum` or `multi_krum`), `faulty_sites` and `selected_sites`.
     updates : Mapping[str, Update]
-        By site name. Raises ``ValueError`` for fewer than ``2 * faulty_sites + 3``.
+        By site name. Raises ``ValueError`` for fewer than ``2 * faulty_sites + 3``, or when they share no tensor.
     base : Path
         The round's global weights.
     """
@@ -212,6 +212,8 @@ def squared_distances(updates: Mapping[str, Update], base: Path) -> Array:
     with Inputs(updates, base) as inputs:
         count = len(inputs.sites)
         shared = [key for key in inputs.keys if inputs.is_floating(key) and len(inputs.holders(key)) == count]
+        if not shared:
+            raise ValueError("Krum compares updates by the tensors that all of them hold, and there is none")
 
         def products(piece: Piece) -> Array:
             rows = _rows(inputs, piece, np.dtype("<f8"))

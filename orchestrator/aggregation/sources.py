@@ -178,7 +178,8 @@ class Inputs(contextlib.AbstractContextManager["Inputs"]):
         return source
 
     def _check(self, update: Update, source: Source) -> None:
-        for key, name in (update.names or {key: key for key in self.base.file.specs}).items():
+        names = {key: key for key in self.base.file.specs} if update.names is None else update.names
+        for key, name in names.items():
             wanted, found = self.base.file.specs.get(key), source.file.specs.get(name)
             if wanted is None or found is None or wanted.shape != found.shape:
                 raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{source.file.path}: {name} is not the store's {key}")
