@@ -68,7 +68,7 @@ class Aggregation(BaseModel):
         description="Step of the optimizers at the orchestrator; empty: 1 for `fedavgm`, 0.01 for the adaptive ones.",
     )
     server_momentum: float = Field(0.9, ge=0, lt=1, description="`fedavgm`: the momentum.")
-    beta_1: float = Field(0.9, ge=0, lt=1, description="`fedadagrad`, `fedyogi`, `fedadam`: decay of the first moment.")
+    beta_1: float = Field(0.9, ge=0, lt=1, description="`fedyogi`, `fedadam`: decay of the first moment.")
     beta_2: float = Field(0.99, ge=0, lt=1, description="`fedyogi`, `fedadam`: decay of the second moment.")
     tau: float = Field(1e-3, gt=0, description="`fedadagrad`, `fedyogi`, `fedadam`: how little they adapt.")
     trim: float = Field(
@@ -268,7 +268,7 @@ class Study(BaseModel):
         ):
             if fault is not None:
                 raise ValueError(fault)
-        if regions and "Top" in self.trainer:
+        if regions and self.trainer in trainers.WITHOUT_REGIONS:
             raise ValueError(f"{self.trainer} knows no regions: use another trainer, or labels without regions")
         return self
 

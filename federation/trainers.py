@@ -5,9 +5,9 @@ Rules:
 - A trainer is allowed when a federated round of it is what its name says: the loss, the augmentation, the optimizer,
   the schedule or the network changes, and rounds, state between rounds and averaging stay sound.
 - A trainer that fixes the number of epochs is allowed when the study asks for that many: nothing is silently another.
-- BatchNorm (nnUNetTrainerBN): running means and variances are averaged like weights by every method of aggregation
-  (the server's optimizers do not step them), counters of batches take the largest value. `keep_local: [norm]` keeps
-  them at each site (FedBN, Li et al. 2021).
+- BatchNorm (nnUNetTrainerBN): running means and variances are averaged like weights (the orchestrator's
+  optimizers do not step along them; median, trimmed mean and Krum treat them as weights), counters take the largest
+  value. `keep_local: [norm]` keeps them at each site (FedBN, Li et al. 2021).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ALLOWED: Mapping[str, str] = {
     "nnUNetTrainer_probabilisticOversampling_033": "the same, 33 %",
     "nnUNetTrainer_probabilisticOversampling_010": "the same, 10 %",
     # schedule and optimizer
-    "nnUNetTrainer_warmup": "schedule: 50 epochs of warm-up",
+    "nnUNetTrainer_warmup": "schedule: 50 epochs of warm-up, polynomial after that",
     "nnUNetTrainerCosAnneal": "schedule: cosine annealing",
     "nnUNetTrainerAdam": "optimizer: AdamW with AMSGrad",
     "nnUNetTrainerAdam1en3": "the same, learning rate 1e-3",
@@ -78,9 +78,21 @@ REFUSED: Mapping[str, str] = {
     r"nnUNetTrainer_onlyMirror01_1500ep": "it fixes 1500 epochs: use nnUNetTrainer_onlyMirror01 with rounds: 1500",
     r"nnUNetTrainerDA5_10epochs": "it fixes 10 epochs: use nnUNetTrainerDA5 with rounds: 10",
     r"nnUNetTrainerCELoss_5epochs": "it fixes 5 epochs: use nnUNetTrainerCELoss with rounds: 5",
-    r".*Primus.*|nnUNet_Trainer_BS8": "transformers of nnU-Net's experiments: their patch and batch are not the plan's",
+    r".*Primus.*": "a transformer of nnU-Net's experiments: it needs torchvision and a patch divisible by 8, which the "
+    "planner does not see to, and its layers have names of their own",
+    r"nnUNet_Trainer_BS8": "its batch is always 8, not the plan's: nnU-Net keeps it for comparisons with Primus",
 }
 """Pattern of names, and the reason."""
+
+WITHOUT_REGIONS = frozenset(
+    {
+        "nnUNetTrainerCELoss",
+        "nnUNetTrainerTopk10Loss",
+        "nnUNetTrainerTopk10LossLS01",
+        "nnUNetTrainerDiceTopK10Loss",
+    }
+)
+"""Their losses know labels alone, no regions."""
 
 
 def fault(name: str, epochs: int) -> str | None:

@@ -249,8 +249,19 @@ def _initial(directory: Path, request: Mapping[str, Any], study: Study) -> None:
     _seed(study.seed)
     network = build_network(request["plans"], request["dataset_json"], study)
     if request["pretrained"] is not None:
+        _check_pretrained(Path(request["pretrained"]), study)
         _take_pretrained(network, Path(request["pretrained"]), directory / "pretrained.pth")
     native.save_weights(network, Path(request["out"]))
+
+
+def _check_pretrained(checkpoint: Path, study: Study) -> None:
+    """Raise FNU-111 unless the file is the one that the study names by its SHA-256."""
+    if study.pretrained_weights is None:
+        return
+    if not checkpoint.exists():
+        raise FednnunetError(Code.PRETRAINED_UNREADABLE, f"{checkpoint} is not there")
+    if (found := files.sha256_of(checkpoint)) != study.pretrained_weights:
+        raise FednnunetError(Code.PRETRAINED_UNREADABLE, f"{checkpoint}: its SHA-256 is {found}")
 
 
 def _take_pretrained(network: Any, checkpoint: Path, copy: Path) -> None:

@@ -141,9 +141,7 @@ def optimizer(rule: Aggregation) -> FedAvg:
     if rule.method == "fedavgm":
         return FedAvgM(server_learning_rate=rule.step, server_momentum=rule.server_momentum)
     if rule.method == "fedadagrad":
-        strategy = FedAdagrad(eta=rule.step, tau=rule.tau)
-        strategy.beta_1 = rule.beta_1  # its constructor takes none
-        return strategy
+        return FedAdagrad(eta=rule.step, tau=rule.tau)
     kind = FedYogi if rule.method == "fedyogi" else FedAdam
     return kind(eta=rule.step, beta_1=rule.beta_1, beta_2=rule.beta_2, tau=rule.tau)
 

@@ -14,6 +14,8 @@ from federation.errors import Code, FednnunetError
 from federation.study import parse
 from federation.tasks import Kind, Task
 
+pytestmark = pytest.mark.slow
+
 SITES = ["hospital_a", "hospital_b", "hospital_c"]
 
 

@@ -163,11 +163,11 @@ def test_help_takes_less_than_six_tenths_of_a_second_of_cpu(program: str) -> Non
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["study.md", "errors.md", "settings.md", "cli.md"])
+@pytest.mark.parametrize("name", ["study.md", "errors.md", "settings.md", "cli.md", "nnunet-breadth.md"])
 def test_the_reference_is_in_step_with_the_code(name: str) -> None:
     module = generator()
     page = module.REFERENCE / name
-    made = getattr(module, f"{page.stem}_page")()
+    made = getattr(module, f"{page.stem.replace('-', '_')}_page")()
     assert page.read_text(encoding="utf-8") == made, f"docs/reference/{name} is out of step: run `make docs`"
 
 
@@ -187,6 +187,14 @@ def test_the_study_reference_names_every_key() -> None:
         for name, field in model.model_fields.items():
             assert f"| `{name}` |" in page
             assert field.description, f"{name} has no description"
+
+
+def test_the_tests_that_show_nnunets_breadth_exist() -> None:
+    page = (ROOT / "docs" / "reference" / "nnunet-breadth.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
+    assert named
+    for file, test in named:
+        assert f"\ndef {test}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_the_documentation_has_its_four_parts() -> None:

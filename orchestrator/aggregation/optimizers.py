@@ -15,7 +15,7 @@ Where the papers leave a choice, or Flower (1.41, `flwr.serverapp.strategy`) mad
   does not do: ``step * sqrt(1 - beta_2^t) / (1 - beta_1^t)``. Flower takes ``t = round + 1`` where Kingma and Ba take
   ``t = round``, so Flower's first step is shorter. Our t counts the steps of a tensor, not the rounds: a round that
   failed, or whose sites did not hold the tensor, does not age its moments.
-- Flower's FedAdagrad fixes ``beta_1 = 0``. Ours reads `beta_1`, as algorithm 2 has it.
+- fedadagrad has no first moment: ``beta_1 = 0``, as in Flower and in the experiments of Reddi et al.
 
 Rules:
 
@@ -114,7 +114,8 @@ def _step(rule: Aggregation, inputs: Inputs, state: _State, piece: Piece) -> Arr
         state.write(MOMENTUM, piece, momentum)
         change = rule.step * momentum
     else:
-        first = rule.beta_1 * state.read(FIRST, piece) + (1 - rule.beta_1) * direction
+        beta_1 = 0.0 if rule.method == "fedadagrad" else rule.beta_1
+        first = beta_1 * state.read(FIRST, piece) + (1 - beta_1) * direction
         second = _second_moment(rule, state.read(SECOND, piece), np.square(direction, out=direction))
         state.write(FIRST, piece, first)
         state.write(SECOND, piece, second)
