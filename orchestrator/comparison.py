@@ -46,11 +46,14 @@ class Candidate:
         Pooled Dice of each foreground label over all held-out cases of all sites.
     sites : dict
         The same of each site's own cases alone.
+    cases : int
+        Number of held-out cases of all sites.
     """
 
     source: Finished
     labels: dict[str, LabelScore]
     sites: dict[str, dict[str, LabelScore]]
+    cases: int
 
     @property
     def study(self) -> Study:
@@ -219,4 +222,5 @@ def _pool(one: Finished) -> Candidate:
             for name in names
         }
 
-    return Candidate(one, pooled(one.study.sites), {site: pooled([site]) for site in sorted(one.study.sites)})
+    sites = {site: pooled([site]) for site in sorted(one.study.sites)}
+    return Candidate(one, pooled(one.study.sites), sites, sum(_held_out(one).values()))

@@ -11,6 +11,8 @@ from federation.audit import read
 from federation.errors import Code, FednnunetError
 from federation.study import Study
 
+MOST_NAMED = 8
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -79,7 +81,7 @@ def find(studies: Path, given: str) -> Finished:
     if len(chosen) != 1:
         there = "".join(
             f"\n  {one.study.id[:16]}  {one.study.name}, {one.study.configuration}, fold {one.study.fold}"
-            for one in (chosen or known)
+            for one in (chosen or known)[-MOST_NAMED:]
         )
         found = f"{given}: {len(chosen)} finished studies in {studies}{', which has:' if known else ', which has none'}"
         raise FednnunetError(Code.STUDY_NOT_FOUND, found + there)

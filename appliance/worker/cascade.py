@@ -250,7 +250,7 @@ def _results_elsewhere(workspace: Workspace) -> Iterator[Path]:
     with files.disk_errors(folder):
         folder.mkdir(parents=True)
     workspace.enter()
-    os.environ["nnUNet_results"] = str(folder)
+    os.environ.update(nnUNet_results=str(folder))
     try:
         yield folder
     finally:

@@ -114,19 +114,20 @@ def _lay_out(
 ) -> None:
     """Write nnU-Net's folders and the preprocessed data, unless they are there as `wanted`."""
     study, plans = workspace.study, plan.plans
+    configurations = [_with_data(plans, study.configuration)]
+    if study.configuration == CASCADE:
+        configurations.append(LOWRES)
     caches = {
-        _identifier(plans, configuration): workspace.cache
-        / f"{plan.plans_sha256[:16]}-{_with_data(plans, configuration)}-{wanted['data'][:16]}"
-        for configuration in (study.configuration, *([LOWRES] if study.configuration == CASCADE else []))
+        configuration: workspace.cache / f"{plan.plans_sha256[:16]}-{configuration}-{wanted['data'][:16]}"
+        for configuration in configurations
     }
     marker = workspace.preprocessed / "prepared.json"
     if marker.exists() and files.read_json(marker) == wanted and all(cache.is_dir() for cache in caches.values()):
         return
 
     _link_raw(workspace, examination.folder, plan.dataset_json)
-    for cache in caches.values():
+    for configuration, cache in caches.items():
         if not cache.is_dir():
-            configuration = cache.name.split("-")[1]
             workspace.cache.mkdir(parents=True, exist_ok=True)
             with files.new_directory(cache) as folder:
                 preprocess(
@@ -144,8 +145,8 @@ def _lay_out(
         (folder / "gt_segmentations").mkdir()
         for name, _, label in cases:
             (folder / "gt_segmentations" / f"{name}{study.file_ending}").symlink_to(label)
-        for identifier, cache in caches.items():
-            (folder / identifier).symlink_to(cache.resolve(), target_is_directory=True)
+        for configuration, cache in caches.items():
+            (folder / _identifier(plans, configuration)).symlink_to(cache.resolve(), target_is_directory=True)
         files.write_json(folder / "prepared.json", wanted)
 
 

@@ -21,10 +21,9 @@ def show(studies: Sequence[Finished], folder: Path, console: Console) -> None:
     candidates = compare(studies)
     winner = best(candidates)
     console.print(_table(candidates, winner))
-    cases = sum(max((score.cases for score in labels.values()), default=0) for labels in winner.sites.values())
     console.print(
-        f"mean Dice over the held-out cases of folds 0 to 4, pooled over {len(winner.sites)} sites "
-        f"({cases} cases with foreground); ensembles and postprocessing are not compared",
+        f"mean Dice over the {winner.cases} held-out cases of folds 0 to 4 at {len(winner.sites)} sites; "
+        "ensembles and postprocessing are not compared",
         soft_wrap=True,
     )
     path = write(candidates, folder)
