@@ -239,8 +239,9 @@ def compare(
     seeds: int,
     variant_seeds: int,
     jobs: int,
+    earlier: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Every model of one dataset, and its scores on every site."""
+    """Every model of one dataset, and its scores on every site; what `earlier` has at this setting is kept."""
     dataset = DATASETS[name]
     sources = {site: (data / path).resolve() for site, path in dataset.folders.items()}
     rounds, iterations = rounds or dataset.rounds, iterations or dataset.iterations
@@ -260,6 +261,9 @@ def compare(
         "iterations_per_epoch": iterations,
         "validation_iterations_per_epoch": 1,
     }
+    setting = {"rounds": rounds, "iterations": iterations, "study": common}
+    kept = earlier if setting.items() <= earlier.items() else {}
+    known = kept.get("dice", {})
     answers: dict[tuple[str, int], dict[str, Any]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
@@ -277,10 +281,10 @@ def compare(
             )
             for seed in range(1, max(seeds, variant_seeds) + 1)
             for model, (sites, changes, times) in models.items()
-            if seed <= times
+            if seed <= times and not known.get(model)
         }
         answers = {key: future.result() for key, future in futures.items()}
-    scores = {
+    scores = known | {
         model: {
             site: [
                 round(site_mean(answers[model, seed]["dice"][site]), 4)
@@ -290,14 +294,14 @@ def compare(
             for site in sources
         }
         for model, (_, _, times) in models.items()
-        if times
+        if times and not known.get(model)
     }
     return {
         "title": dataset.title,
         "rounds": rounds,
         "iterations": iterations,
         "optimizer_steps": rounds * iterations,
-        "seeds": seeds,
+        "seeds": kept.get("seeds", seeds),
         "variant_seeds": variant_seeds,
         "study": common,
         "variants": VARIANTS,
@@ -305,10 +309,11 @@ def compare(
             site: len(list((folder / "labelsTr").glob(f"*{dataset.study['file_ending']}")))
             for site, folder in sources.items()
         },
-        "test_cases": {site: len(answers["FFE", 1]["dice"][site]) for site in sources},
-        "shared_by_asymfedavg": answers["AsymFedAvg", 1]["shared"],
+        "test_cases": kept.get("test_cases") or {site: len(answers["FFE", 1]["dice"][site]) for site in sources},
+        "shared_by_asymfedavg": kept.get("shared_by_asymfedavg") or answers["AsymFedAvg", 1]["shared"],
         "dice": scores,
-        "wall_s": {f"{model}, seed {seed}": answer["wall_s"] for (model, seed), answer in answers.items()},
+        "wall_s": kept.get("wall_s", {})
+        | {f"{model}, seed {seed}": answer["wall_s"] for (model, seed), answer in answers.items()},
     }
 
 
@@ -387,7 +392,7 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path(__file__).with_suffix(".json"),
-        help="where the JSON goes; what it holds of other datasets is kept",
+        help="where the JSON goes; what it holds of other datasets, and of this setting, is kept",
     )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -418,6 +423,7 @@ def main() -> None:
             arguments.seeds,
             arguments.variant_seeds,
             arguments.jobs,
+            earlier.get(name, {}),
         )
         show(result["datasets"][name])
         result["datasets"][name]["all_s"] = round(time.monotonic() - started)

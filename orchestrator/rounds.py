@@ -2,6 +2,7 @@
 
 Rules:
 
+- A task is signed each time it is sent, an answer is opened with its site's key (orchestrator.signatures).
 - An answer counts when the journal says so: it is fetched to a file, checked (orchestrator.admission), recorded.
 - One look asks for all outstanding answers at once; each answer is then fetched by itself, chunk by chunk.
 - A site that restarts has lost what it was sent: Flower shows a new activation, and the task is sent again. The
@@ -29,6 +30,7 @@ from federation.flower.transfer import Ready, Received, file_array
 from federation.tasks import Result, Task, parse_result
 from orchestrator.admission import check_answer
 from orchestrator.journal import Journal
+from orchestrator.signatures import Signatures
 
 log = logging.getLogger("fednnunet.rounds")
 
@@ -77,6 +79,7 @@ class Outcome:
 @dataclass
 class _Outstanding:
     message_id: str
+    nonce: str
     errand: Errand
     activated_at: str
 
@@ -94,12 +97,14 @@ class Exchange:
         The network.
     journal : Journal
         The study's journal.
+    signatures : Signatures
+        Signs what is sent and opens what comes back.
     poll : float
         Seconds between two looks for answers.
     """
 
-    def __init__(self, carrier: Carrier, journal: Journal, poll: float) -> None:
-        self._carrier, self._journal, self._poll = carrier, journal, poll
+    def __init__(self, carrier: Carrier, journal: Journal, signatures: Signatures, poll: float) -> None:
+        self._carrier, self._journal, self._signatures, self._poll = carrier, journal, signatures, poll
         self._arrays: dict[Path, Any] = {}
 
     def await_sites(self, sites: Iterable[str], deadline: float) -> None:
@@ -232,13 +237,13 @@ class Exchange:
                     {path: array for path, array in self._arrays.items() if path.exists()}
                 )
             weights = self._arrays[errand.weights]
-        body = task.model_dump_json()
+        body, nonce = self._signatures.sign_task(task.model_dump_json())
         message_id = self._carrier.push(node, task.key, body, weights, ttl)
         size = len(body) + (task.weights.nbytes if task.weights else 0)
         self._journal.write(
             "asked", site=task.site, key=task.key, attempt=task.attempt, nbytes=size, **({"why": why} if why else {})
         )
-        return _Outstanding(message_id, errand, node.activated_at)
+        return _Outstanding(message_id, nonce, errand, node.activated_at)
 
     def _incoming(self, task: Task) -> Path:
         return self._journal.folder / "incoming" / f"{task.key}-{task.site}-{task.attempt}.safetensors"
@@ -246,8 +251,11 @@ class Exchange:
     def _fetch(
         self, ready: Ready, sent: _Outstanding, max_weights: int, give_up: Callable[[], bool]
     ) -> tuple[Received, Result | None]:
-        received = self._carrier.take(ready, self._incoming(sent.errand.task), max_weights, give_up)
-        return received, parse_result(received.body) if received.error_code is None else None
+        task = sent.errand.task
+        received = self._carrier.take(ready, self._incoming(task), max_weights, give_up)
+        if received.error_code is not None:
+            return received, None
+        return received, parse_result(self._signatures.open_answer(task.site, received.body, sent.nonce))
 
     def _settle(
         self,

@@ -4,10 +4,10 @@ Real: the Conductor over its Journal on the disk, the Exchange, the workshop (a 
 studies) that plans, makes the first weights and exports, and for each site a Spool on the disk and a Worker with
 nnU-Net's own trainer.
 
-Simulated: Flower, the link and the processes. A task that is pushed lies in the site's spool at once, and the site's
-worker does it before `push` returns, one site after the other; the answer's bytes are copied as they lie in the outbox.
-A study's deadlines are therefore never met here, and a site never restarts; tests/test_rounds.py and
-tests/test_faults.py are for that.
+Simulated: Flower, the link (with signatures and policy) and the processes. A task that is pushed lies in the site's
+spool at once, and the site's worker does it before `push` returns, one site after the other; the answer's bytes are
+copied as they lie in the outbox. A study's deadlines are therefore never met here, and a site never restarts;
+tests/test_rounds.py and tests/test_faults.py are for that.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import get_object_body
+from unsigned import Unsigned
 
 from appliance.settings import Settings
 from appliance.spool import Spool
@@ -215,7 +216,9 @@ class Federation:
         journal = Journal(self.study_folder(study), study)
         try:
             with _environment(self.settings.values()):
-                conductor = Conductor(SimulatedNetwork(self.workers, silent), journal, self.pretrained, POLL)
+                conductor = Conductor(
+                    SimulatedNetwork(self.workers, silent), journal, self.pretrained, Unsigned(), POLL
+                )
                 conductor._workshop = _warm_workshop()
                 conductor.conduct()
         finally:

@@ -147,6 +147,7 @@ def test_each_sites_model_is_nnunets_own_and_is_what_was_scored(
     assert outcome.scores("thick").test_cases == 2
 
 
+@pytest.mark.long
 def test_common_shares_only_what_every_site_has(federation: Federation, outcome: Outcome) -> None:
     common = federation.run(asym_study(layers="common", rounds=1))
     layers = layers_of(common)
@@ -180,6 +181,7 @@ def test_a_study_cut_short_goes_on_with_the_layers_that_stayed_at_the_sites(
             np.testing.assert_array_equal(models[1][name], tensor, err_msg=f"{site} {name}")
 
 
+@pytest.mark.long
 def test_half_differences_with_a_personal_head_train_too(federation: Federation) -> None:
     done = federation.run(asym_study(wire="half", keep_local=["seg_head"], rounds=3))
     layers = layers_of(done)

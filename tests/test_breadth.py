@@ -97,6 +97,7 @@ def test_2d(federation: Federation, sites: dict[str, Path], tmp_path: Path) -> N
     assert TensorFile(outcome.weights(2)).spec("encoder.stages.0.0.convs.0.conv.weight").shape[2:] == (3, 3)
 
 
+@pytest.mark.long
 def test_3d_lowres(tmp_path: Path) -> None:
     """Images of 56 voxels a side against a patch of 24: nnU-Net plans a lower resolution."""
     sites = make_sites(tmp_path / "raw", 56, {"hospital_a": 2, "hospital_b": 2})
@@ -108,6 +109,7 @@ def test_3d_lowres(tmp_path: Path) -> None:
     assert sitk.ReadImage(str(written)).GetSize() == image.GetSize()
 
 
+@pytest.mark.long
 def test_residual_encoder_m(federation: Federation, sites: dict[str, Path], tmp_path: Path) -> None:
     """With little GPU memory to fill: the batch is nnU-Net's smallest."""
     study = a_study(planner="nnUNetPlannerResEncM", gpu_memory_target=1, rounds=1, iterations_per_epoch=1)
@@ -141,6 +143,7 @@ def test_ignore_label(sites: dict[str, Path], tmp_path: Path) -> None:
 # ---- folds -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_one_fold_is_scored_on_the_cases_that_it_held_out(
     federation: Federation, sites: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ def keep_checkpoint(federation: Federation, outcome: Outcome) -> str:
     return digest
 
 
+@pytest.mark.long
 def test_a_study_begins_with_the_weights_of_an_earlier_one_but_for_the_heads(
     federation: Federation, fullres: Outcome
 ) -> None:
@@ -205,6 +209,7 @@ def test_pretrained_weights_that_are_not_those_of_the_study_are_refused(
 # ---- batch normalisation ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wire", ["full", "half"])
 def test_batch_normalisation_has_statistics_of_all_sites_after_a_round(
     federation: Federation, sites: dict[str, Path], tmp_path: Path, wire: str

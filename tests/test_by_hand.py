@@ -75,7 +75,8 @@ class Hand:
         done = command(
             FEDNNUNET, "site", "list", "--state", self.federation, "--control", self.control, cwd=self.folder
         )
-        return dict(line.split("\t") for line in good(done).out.splitlines())
+        rows = [line.split("\t") for line in good(done).out.splitlines()]
+        return {name: status for name, state, status, *_ in rows if state == "approved"}
 
     def end_all(self) -> dict[str, tuple[Done, float]]:
         """SIGTERM to what was started, hospitals first; how each ended, and within how many seconds."""
@@ -106,7 +107,7 @@ def test_a_study_by_hand_over_two_addresses_ends_with_a_model_and_leaves_no_proc
     authority = hand.federation / "authority"
     assert str(authority / "ca.crt") in said.out
     assert stat.S_IMODE(authority.stat().st_mode) == 0o700
-    for name in ("ca.key", "server.key", "control.token", "runtime.secret"):
+    for name in ("ca.key", "server.key", "coordinator.key", "control.token", "runtime.secret"):
         assert stat.S_IMODE((authority / name).stat().st_mode) == 0o600, name
     listeners = ("--fleet-host", FLEET, "--fleet-port", hand.fleet_port, "--control-port", hand.control_port)
     hand.start("orchestrator", ORCHESTRATOR, "start", "--state", hand.federation, *listeners)
@@ -127,7 +128,8 @@ def test_a_study_by_hand_over_two_addresses_ends_with_a_model_and_leaves_no_proc
         if site == SITES[0]:
             early = command(APPLIANCE, "start", "--config", hand.config(site) / "site.toml", cwd=hand.folder)
             refused(early, 113, "ca.crt")
-        (hand.config(site) / "ca.crt").write_bytes((authority / "ca.crt").read_bytes())
+        for name in ("ca.crt", "coordinator.pub"):
+            (hand.config(site) / name).write_bytes((authority / name).read_bytes())
     wait_for(lambda: accepts(CONTROL, hand.control_port), 60, "the control listener")
     for site in SITES:
         key = hand.config(site) / "site.pub"
@@ -165,6 +167,12 @@ def test_a_study_by_hand_over_two_addresses_ends_with_a_model_and_leaves_no_proc
     study = write_study(hand.folder / "study.yaml", phantom_study(SITES))
     assert "a valid study" in good(command(FEDNNUNET, "study", "check", study, cwd=hand.folder)).out
     submit = (*("study", "submit", study, "--state", hand.federation), *("--control", hand.control))
+    refused(command(FEDNNUNET, *submit, cwd=hand.folder), 502, "hospital_a: FNU-622", "hospital_b: FNU-622")
+    for site in SITES:
+        at = ("--config", hand.config(site) / "site.toml")
+        assert "waits" in good(command(APPLIANCE, "studies", *at, cwd=hand.folder)).out
+        shown = good(command(APPLIANCE, "approve", "small", *at, "--yes", cwd=hand.folder)).out
+        assert "What leaves this hospital" in shown
     shown = good(command(FEDNNUNET, *submit, cwd=hand.folder)).out
     for line in ("is submitted", "hospital_a is online", "describing ...", "round 2 of 2", "2 of 2 sites", "model: "):
         assert line in shown, shown
@@ -178,6 +186,10 @@ def test_a_study_by_hand_over_two_addresses_ends_with_a_model_and_leaves_no_proc
     for site in SITES:
         assert list(hand.state(site).glob("worker/*/**/fold_all/checkpoint_final.pth")), f"no model at {site}"
         assert read(hand.state(site) / "link" / "ledger.jsonl")[0]["to"] == f"{FLEET}:{hand.fleet_port}"
+        shown = good(
+            command(APPLIANCE, "ledger", "verify", "--config", hand.config(site) / "site.toml", cwd=hand.folder)
+        )
+        assert "the chain holds" in shown.out
 
     # the same command again says what there is, and does nothing twice
     lines = len(read(archive.parent / "journal.jsonl"))

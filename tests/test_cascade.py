@@ -145,15 +145,18 @@ def check_nnunet_agrees(both: Stages, tmp_path: Path, folds: tuple[str, ...]) ->
     assert (voxels(ours) == voxels(full / ours.name)).all()
 
 
+@pytest.mark.long
 def test_every_training_case_is_predicted_by_the_first_stage_at_its_site(both: Stages) -> None:
     check_predictions(both)
 
 
+@pytest.mark.long
 def test_nnunet_predicts_with_both_models_what_the_sites_have_scored(both: Stages, tmp_path: Path) -> None:
     assert [both.second.scores(site).test_cases for site in HOSPITALS] == [1, 0]
     check_nnunet_agrees(both, tmp_path, ("all",))
 
 
+@pytest.mark.long
 def test_the_cascade_takes_over_the_plans_of_its_first_stage_and_the_cached_data(both: Stages) -> None:
     assert both.first.plans == both.second.plans
     for site in HOSPITALS:
@@ -161,6 +164,7 @@ def test_the_cascade_takes_over_the_plans_of_its_first_stage_and_the_cached_data
         assert sorted(path.name.split("-")[1] for path in cache.iterdir()) == ["3d_fullres", "3d_lowres"]
 
 
+@pytest.mark.long
 def test_preparing_again_predicts_nothing_again(both: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     from appliance.worker import cascade as stage
     from appliance.worker.workspace import Control, Workspace
@@ -176,6 +180,7 @@ def test_preparing_again_predicts_nothing_again(both: Stages, monkeypatch: pytes
         stage.predict_training_cases(first, workspace, federation.settings[site], both.second.plans, changed, Control())
 
 
+@pytest.mark.long
 def test_a_cancelled_prediction_leaves_the_old_ones_whole(both: Stages) -> None:
     from appliance.worker import cascade as stage
     from appliance.worker.workspace import Control, Interrupted, Workspace
@@ -247,6 +252,7 @@ def test_a_stage_that_is_a_path_is_refused(stage: str) -> None:
     assert caught.value.code is Code.PLANS_REFUSED
 
 
+@pytest.mark.long
 def test_a_site_without_the_first_stages_model_says_so_by_number(both: Stages) -> None:
     model = both.site_results("hospital_b", both.first) / LOWRES_MODEL
     away = model.with_name("elsewhere")
@@ -260,6 +266,7 @@ def test_a_site_without_the_first_stages_model_says_so_by_number(both: Stages) -
     assert caught.value.code is Code.SITE_FAILED
 
 
+@pytest.mark.long
 def test_first_stages_that_do_not_fit_are_refused_before_a_site_is_asked(both: Stages) -> None:
     lowres = both.first.study
     for wrong, reason in (
@@ -274,6 +281,7 @@ def test_first_stages_that_do_not_fit_are_refused_before_a_site_is_asked(both: S
         assert not [line for line in both.federation.journal_lines(wrong) if line["event"] in ("phase", "asked")]
 
 
+@pytest.mark.long
 def test_the_newest_first_stage_that_fits_is_found(both: Stages) -> None:
     studies = both.first.folder.parent
     found = stages.newest(studies, cascade(both.second.study, rounds=7))
@@ -283,6 +291,7 @@ def test_the_newest_first_stage_that_fits_is_found(both: Stages) -> None:
     assert caught.value.code is Code.FIRST_STAGE_NOT_TRAINED
 
 
+@pytest.mark.long
 def test_the_end_of_a_cascade_says_that_both_models_are_needed(
     both: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:

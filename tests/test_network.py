@@ -19,7 +19,7 @@ import pytest
 
 from appliance import identity
 from appliance.spool import Spool
-from federation import audit, files, tasks, weights
+from federation import audit, files, signing, tasks, weights
 from federation.errors import FednnunetError
 from federation.flower import bundle, clients, runner
 from federation.flower.runner import Node, Run
@@ -62,6 +62,19 @@ class Line:
             if ran:
                 return
 
+    def exchange(self, run: Run, task: Task, out: Path, file: Path | None = None, most: int = 2**30) -> Received:
+        """Sign one task, send it to the site and fetch its answer."""
+        key = signing.load_private(self.authority.signing_key.read_bytes(), "coordinator.key")
+        message, _ = signing.sign("task", task.model_dump_json(), "coordinator", key)
+        node: Node = run.nodes()[SITE]
+        sent = run.push(node, task.key, message, file_array(file) if file else None, 60)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            for ready in run.ready([sent]):
+                return run.take(ready, out, most, lambda: False)
+            time.sleep(0.05)
+        raise AssertionError("no answer")
+
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
@@ -78,6 +91,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
         device="cpu",
     )
     shutil.copyfile(authority.ca, config / "ca.crt")
+    shutil.copyfile(authority.signing_public, config / "coordinator.pub")
+    (config / "policy.toml").write_text('studies = "any"\n')
     command = [sys.executable, "-m", "appliance.cli", "start", "--role", "link", "--config", str(config / "site.toml")]
     site = Child("site", command, state / "appliance.log", {"FEDNNUNET_POLL": "0.1"})
     supervisor = Supervisor([server.children()[0], site], grace=15)
@@ -105,18 +120,6 @@ def until(check: Callable[[], bool], seconds: float = 60) -> None:
             pass
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.1)
-
-
-def exchange(run: Run, task: Task, out: Path, file: Path | None = None, most: int = 2**30) -> Received:
-    """Send one task to the site and fetch its answer."""
-    node: Node = run.nodes()[SITE]
-    sent = run.push(node, task.key, task.model_dump_json(), file_array(file) if file else None, 60)
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        for ready in run.ready([sent]):
-            return run.take(ready, out, most, lambda: False)
-        time.sleep(0.05)
-    raise AssertionError("no answer")
 
 
 class Worker(threading.Thread):
@@ -231,7 +234,7 @@ def test_weights_arrive_as_they_were_sent_and_the_ledger_says_what_left(line: Li
 
     got: list[Received] = []
     with Worker(line.spool, echo):
-        line.coordinate(lambda run: got.append(exchange(run, task, tmp_path / "arrived", tmp_path / "global")))
+        line.coordinate(lambda run: got.append(line.exchange(run, task, tmp_path / "arrived", tmp_path / "global")))
     assert seen == [digest]
     assert files.sha256_of(tmp_path / "arrived") == digest
     (entry,) = audit.read(line.state / "link" / "ledger.jsonl")[-1:]
@@ -244,7 +247,7 @@ def test_more_bytes_than_expected_are_refused_before_they_are_fetched(line: Line
     task = Task(study=STUDY, site=SITE, kind=Kind.DESCRIBE)
 
     def flood(given: Task) -> tuple[Result, Path]:
-        (tmp_path / "flood").write_bytes(b"x" * 2**21)
+        weights.save(tmp_path / "flood", {"w": np.zeros(2**19, np.float32)})
         return Result.answering(
             given, description=tasks.Description(training_cases=1, test_cases=0)
         ), tmp_path / "flood"
@@ -253,7 +256,7 @@ def test_more_bytes_than_expected_are_refused_before_they_are_fetched(line: Line
 
     def handle(run: Run) -> None:
         with pytest.raises(FednnunetError) as error:
-            exchange(run, task, tmp_path / "arrived", most=2**20)
+            line.exchange(run, task, tmp_path / "arrived", most=2**20)
         caught.append(str(error.value))
 
     with Worker(line.spool, flood):
@@ -265,7 +268,7 @@ def test_more_bytes_than_expected_are_refused_before_they_are_fetched(line: Line
 def test_a_task_for_another_site_is_refused_by_the_link(line: Line, tmp_path: Path) -> None:
     task = Task(study=STUDY, site="hospital_b", kind=Kind.DESCRIBE, attempt=7)
     got: list[Received] = []
-    line.coordinate(lambda run: got.append(exchange(run, task, tmp_path / "o")))
+    line.coordinate(lambda run: got.append(line.exchange(run, task, tmp_path / "o")))
     assert got[0].error_code is not None
     assert got[0].error_reason.startswith("FNU-602")
     assert line.spool.waiting() == []
@@ -295,7 +298,7 @@ def test_a_foreign_bundle_is_refused_by_coordinator_and_link_and_never_unpacked(
     monkeypatch.setattr(runner, "bundle_hash", lambda: digest)  # a hostile coordinator that takes its own bundle
     got: list[Received] = []
     line.coordinate(
-        lambda run: got.append(exchange(run, Task(study=STUDY, site=SITE, kind=Kind.FINISH), tmp_path / "o"))
+        lambda run: got.append(line.exchange(run, Task(study=STUDY, site=SITE, kind=Kind.FINISH), tmp_path / "o"))
     )
     assert got[0].error_code == runner.BUNDLE_REFUSED
     assert not marker.exists()

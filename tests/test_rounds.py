@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unsigned import Unsigned
 
 from federation import tasks
 from federation.errors import Code, FednnunetError
@@ -109,7 +110,7 @@ def ask(network: SimulatedNetwork, journal: Journal, deadline: float = 5.0, need
         return Errand(task.model_copy(update={"attempt": journal.attempt(task)}))
 
     accept = changes.pop("accept", lambda task, result, update: {})
-    exchange = Exchange(network, journal, 0.01)
+    exchange = Exchange(network, journal, Unsigned(), 0.01)
     outcome = exchange.ask(["c", "a", "b"], errand, accept, needed=needed, deadline=deadline)
     changes.get("asked", []).extend(asked_full)
     return outcome
@@ -255,5 +256,5 @@ def test_an_answer_for_another_site_is_refused(journal: Journal) -> None:
 def test_sites_that_never_appear_are_named(journal: Journal) -> None:
     network = SimulatedNetwork({"a": description, "b": description}, online={"b": False})
     with pytest.raises(FednnunetError, match="not online within 0 s: b, c") as caught:
-        Exchange(network, journal, 0.01).await_sites(["a", "b", "c"], 0.1)
+        Exchange(network, journal, Unsigned(), 0.01).await_sites(["a", "b", "c"], 0.1)
     assert caught.value.code is Code.SITE_NEVER_APPEARED

@@ -16,7 +16,7 @@ from worker_site import Site, initial_weights, make_settings, make_study, prepar
 
 from appliance.worker import training
 from federation import files, native, tasks, weights
-from federation.errors import Code
+from federation.errors import Code, FednnunetError
 
 TRAIN = tasks.Kind.TRAIN
 
@@ -386,10 +386,12 @@ def test_a_trainer_is_found_without_importing_the_others() -> None:
     assert native.trainer_module("nnUNetTrainerBN").endswith("network_architecture.nnUNetTrainerBN")
 
 
-def test_a_trainer_that_nnunet_does_not_ship_is_refused(tmp_path: Path) -> None:
-    data, plans = shared_site()
-    site = Site(make_settings(data, tmp_path), make_study(trainer="nnUNetTrainerOfMyOwn"), plans)
-    assert codes(site.ask(site.prepare_task())) == [Code.TRAINER_UNKNOWN.number]
+def test_a_trainer_that_nnunet_does_not_ship_is_refused() -> None:
+    with pytest.raises(FednnunetError) as error:
+        native.trainer_class("nnUNetTrainerOfMyOwn")
+    assert error.value.code is Code.TRAINER_UNKNOWN
+    with pytest.raises(FednnunetError):  # so no task can name it
+        make_study(trainer="nnUNetTrainerOfMyOwn")
 
 
 def test_a_task_for_another_site_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 Rules:
 
 - It sees no data and loads no nnU-Net: what it knows of a task is its body and its weights file.
-- A task that names another site is refused (FNU-602).
+- A task counts when the coordinator has signed it for this site and it is new (appliance.link.trust), and goes on when
+  the hospital's policy allows it (appliance.link.policy). The policy is read anew for every task.
+- An answer is signed with the site's key, and names the very message that it answers.
 - A task that is asked for again finds its work in progress or its answer in the outbox.
 - When a run ends while the worker works, the worker goes on for a short grace: a coordinator that was restarted asks
   for the same task again at once. After the grace the task is cancelled.
@@ -11,26 +13,32 @@ Rules:
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import secrets
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from appliance.link import policy
 from appliance.link.ledger import Ledger
+from appliance.link.policy import Approvals, Policy
+from appliance.link.trust import Trust
 from appliance.settings import Settings
 from appliance.spool import Spool
-from federation import files
+from federation import files, signing
 from federation.errors import Code, FednnunetError
 from federation.flower import clients
 from federation.flower.runner import Answer, Asked, Stop, serve_tasks
 from federation.flower.transfer import file_array
-from federation.tasks import Kind, Task, parse_task
+from federation.tasks import Kind, Task
 
 log = logging.getLogger("fednnunet.link")
 
 GRACE = 8.0
 LOOK = 0.05
+HOURS_LOOK = 20.0
 MAX_WEIGHTS = 16 * 2**30
 
 
@@ -41,21 +49,39 @@ class Link:
     ----------
     site : str
         The site's name.
+    key : signing.PrivateKey
+        The site's key.
+    trust : Trust
+        Which tasks are believed.
+    policy : callable
+        The hospital's policy as it is now.
+    approvals : Approvals
+        What was said of each study.
     spool : Spool
         The wall to the worker.
     ledger : Ledger
         Where everything that leaves is written down.
     """
 
-    def __init__(self, site: str, spool: Spool, ledger: Ledger) -> None:
-        self._site, self._spool, self._ledger = site, spool, ledger
+    def __init__(
+        self,
+        site: str,
+        key: signing.PrivateKey,
+        trust: Trust,
+        policy: Callable[[], Policy],
+        approvals: Approvals,
+        spool: Spool,
+        ledger: Ledger,
+    ) -> None:
+        self._site, self._key, self._trust = site, key, trust
+        self._policy, self._approvals = policy, approvals
+        self._spool, self._ledger = spool, ledger
         self._cancelling: dict[str, threading.Timer] = {}
 
     def handle(self, asked: Asked, over: threading.Event) -> Answer:
-        """Do one task; raises FNU-602, FNU-605, or FNU-409 when the run ended first."""
-        task = parse_task(asked.body)
-        if task.site != self._site:
-            raise FednnunetError(Code.TASK_REFUSED, f"a task for {task.site} reached {self._site}")
+        """Do one task; raises what `Trust.open` and the policy raise, or FNU-409 when the run ended first."""
+        task, nonce = self._trust.open(asked.body)
+        self._permit(task, over)
         if (timer := self._cancelling.pop(task.study.id + task.key, None)) is not None:
             timer.cancel()
         log.info("%s %s, attempt %d", task.study.name, task.key, task.attempt)
@@ -68,10 +94,24 @@ class Link:
                 timer.start()
                 self._cancelling[task.study.id + task.key] = timer
                 raise FednnunetError(Code.CANCELLED, f"the run ended during {task.key}")
+        self._policy().check_answer(result)
         parcel = self._spool.result_parcel(task)
         self._ledger.leaving(result, parcel.body, parcel.weights)
         log.info("%s %s: %s", task.study.name, task.key, result.failure.describe() if result.failure else "done")
-        return Answer(parcel.body.read_text(encoding="utf-8"), file_array(parcel.weights) if parcel.weights else None)
+        message, _ = signing.sign("answer", parcel.body.read_text(encoding="utf-8"), self._site, self._key, nonce)
+        return Answer(message, file_array(parcel.weights) if parcel.weights else None)
+
+    def _permit(self, task: Task, over: threading.Event) -> None:
+        """Let a task pass the policy; outside its hours wait for them."""
+        try:
+            self._policy().check_task(task, self._approvals.meet(task.study))
+        except FednnunetError as error:
+            self._trust.refuse(task, error)
+            raise
+        while not self._policy().is_open(dt.datetime.now().time()):  # noqa: DTZ005 - the hospital's own clock
+            log.info("%s %s waits: hours %s", task.study.name, task.key, self._policy().hours)
+            if over.wait(HOURS_LOOK):
+                raise FednnunetError(Code.CANCELLED, f"the run ended before the hours of {task.key}")
 
     def _forget_earlier(self, task: Task) -> None:
         """A new task of a fold means that the round before it is recorded at the orchestrator: free its weights."""
@@ -104,8 +144,17 @@ def main(settings: Settings, runtime_port: int) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     spool = Spool(settings.spool)
-    ledger = Ledger(settings.state / "link" / "ledger.jsonl", settings.orchestrator)
-    link = Link(settings.name, spool, ledger)
+    here = settings.state / "link"
+    trusted = signing.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))
+    link = Link(
+        settings.name,
+        signing.load_private(settings.site_key.read_bytes(), str(settings.site_key)),
+        Trust(settings.name, trusted, here / "arrivals.jsonl"),
+        lambda: policy.load(settings.policy),
+        Approvals(here / "studies"),
+        spool,
+        Ledger(here / "ledger.jsonl", settings.orchestrator),
+    )
     ca = settings.ca_certificate.read_bytes()
     fleet = clients.fleet_client(settings.orchestrator, ca, settings.site_key, max_time=5.0)
     log.info("link of %s ready", settings.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from federation.audit import Chain
 from federation.files import sha256_of
 from federation.tasks import Result
+from federation.weights import TensorFile
 
 
 class Ledger:
@@ -43,6 +44,7 @@ class Ledger:
             failure=result.failure.describe() if result.failure else None,
             body_bytes=body.stat().st_size,
             body_sha256=sha256_of(body),
+            tensors=len(TensorFile(weights).specs) if weights else 0,
             weights_bytes=weights.stat().st_size if weights else 0,
             weights_sha256=sha256_of(weights) if weights else None,
         )

@@ -1,0 +1,83 @@
+"""A study in plain words, for the person at the hospital who has to approve it."""
+
+from __future__ import annotations
+
+from federation.study import Study
+
+_RULES = {
+    "mean": "their mean",
+    "median": "their median, number by number",
+    "trimmed_mean": "their mean without the extremes",
+    "krum": "the one update that is nearest to the others",
+    "multi_krum": "the mean of the updates that are nearest to the others",
+}
+
+
+def in_plain_words(study: Study, site: str) -> str:
+    """What a study asks of a site, and what leaves it, in a few paragraphs.
+
+    Parameters
+    ----------
+    study : Study
+        The study.
+    site : str
+        This site's name.
+    """
+    others = [name for name in study.sites if name != site]
+    rounds = study.rounds * len(study.folds)
+    steps = rounds * study.epochs_per_round * study.iterations_per_epoch
+    channels = ", ".join(study.channel_names.values())
+    labels = ", ".join(sorted(name for name in study.labels if name not in ("background", "ignore")))
+    lines = [
+        f"Study {study.name}",
+        f"  id {study.id}",
+        "",
+        "What it is",
+        f"  It trains a network (nnU-Net, {study.configuration}, {study.trainer}) that finds: {labels}.",
+        f"  Images: {channels}, files {study.file_ending}. Dataset {study.dataset}.",
+        f"  Takes part: {site} (here)" + (f", with {', '.join(others)}." if others else ", alone."),
+        "",
+        "What it asks of this hospital",
+        f"  {rounds} rounds of training, {steps} steps in all, on this site's own images"
+        + (f", for each of {len(study.folds)} folds." if len(study.folds) > 1 else "."),
+        f"  A round may take up to {_time(study.round_deadline)}; then the others go on without it"
+        + (" (all sites are needed)." if study.quorum is None else f" ({study.quorum} sites are enough)."),
+        "",
+        "What leaves this hospital, to the orchestrator alone",
+        "  The number of training and test cases, and numbers of warnings about files.",
+    ]
+    if study.mode == "ffe":
+        groups = study.fingerprint_min_cases
+        lines.append(
+            "  A fingerprint: spacing and shape of the images, sums and histograms of intensities"
+            + (f", nothing finer than {groups} cases." if groups > 1 else "; spacing and shape of each case, no name.")
+        )
+    else:
+        lines.append("  The shape of the network that fits this site's images. No fingerprint.")
+    if study.stop_after != "finish":
+        return "\n".join([*lines, f"  Nothing else: the study ends after {study.stop_after}."])
+    kept = f", without the layers {', '.join(study.keep_local)}" if study.keep_local else ""
+    kept += ", of the layers that other sites have too" if study.mode == "asymfedavg" else ""
+    lines += [
+        f"  In each round the network's weights{kept}, "
+        + ("float32" if study.wire == "full" else "as float16 differences")
+        + "; losses and online Dice of each epoch.",
+        "  After the last round: Dice of each label (mean, deviation, minimum, number of cases).",
+        "  No image, no label, no case's name, no prediction.",
+        "",
+        "What comes back",
+        "  The sites' updates are put together as "
+        + _RULES.get(study.aggregation.method, f"a step of {study.aggregation.method} along their mean")
+        + ".",
+        "  This hospital gets the finished model"
+        + ("." if study.one_model else ": the shared layers, and its own.")
+        + " Other hospitals get the shared weights, too: they are computed from all sites' patients.",
+    ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} seconds"
