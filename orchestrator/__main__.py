@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from federation.processes import end_with_parent
+from federation.processes import end_with_parent, reach_loopback_directly
 from orchestrator import server
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     role = arguments.pop("role")
     end_with_parent()
+    reach_loopback_directly()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     settings = server.Server(**arguments)
     (server.superlink if role == "superlink" else server.coordinator)(settings)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from appliance import settings as site_settings
-from federation.processes import end_with_parent
+from federation.processes import end_with_parent, reach_loopback_directly
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--runtime-port", type=int, required=True)
     arguments = parser.parse_args()
     end_with_parent()
+    reach_loopback_directly()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = site_settings.load(arguments.config)

@@ -1,0 +1,78 @@
+"""Who runs the appliance, and who else can read the site's private key."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from appliance.doctor.context import Context
+from appliance.doctor.finding import Finding, Private, fail, ok, warn
+from federation.errors import Code
+
+
+def check(context: Context) -> list[Finding]:
+    """The user id, then the key file."""
+    return [_user(os.getuid()), *key(context)]
+
+
+def _user(number: int) -> Finding:
+    if number == 0:
+        return warn(
+            "the appliance runs as root, which it never needs",
+            "Start the container with its own user (leave out --user 0), or use an ordinary account.",
+            Code.RUNS_AS_ROOT,
+        )
+    return ok(f"the appliance runs as an ordinary user (uid {number})", measured={"uid": number})
+
+
+def key(context: Context) -> list[Finding]:
+    """The private key: there, readable, for its owner alone, of the kind that Flower takes."""
+    path = context.settings.site_key
+    private = {"key": Private("the site's private key", str(path))}
+    try:
+        status = path.stat()
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [
+            fail(
+                Code.STATE_NOT_READY,
+                "[key] is missing",
+                "Run `appliance enroll` with the coordinator's invitation, or mount the folder that holds it.",
+                private=private,
+            )
+        ]
+    except OSError as error:
+        private["error"] = Private(type(error).__name__, str(error))
+        advice = "Let the appliance's user own the file (chown), with mode 0600."
+        return [fail(Code.KEY_UNUSABLE, "[key] cannot be read ([error])", advice, private=private)]
+    mode = stat.S_IMODE(status.st_mode)
+    findings = []
+    if mode & 0o077:
+        findings.append(
+            fail(
+                Code.KEY_EXPOSED,
+                f"[key] has mode {mode:04o}: others on this machine may read it",
+                "chmod 600 [key]. If others had access to it, make a new key (`appliance enroll`) and tell the "
+                "coordinator.",
+                private=private,
+                measured={"mode": f"{mode:04o}"},
+            )
+        )
+    try:
+        loaded = load_ssh_private_key(content, None)
+        fits = isinstance(loaded, ec.EllipticCurvePrivateKey)
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        findings.append(
+            fail(
+                Code.KEY_UNUSABLE,
+                "[key] is not an elliptic-curve key in OpenSSH's format, without a password",
+                "Make it with `appliance enroll`.",
+                private=private,
+            )
+        )
+    return findings or [ok(f"[key] has mode {mode:04o} and is a key that Flower takes", private=private)]
