@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from appliance import enroll_commands, ledger_commands, study_commands
 from federation import console, processes
 
 app = typer.Typer(
@@ -41,6 +42,8 @@ def init(
 ) -> None:
     """Write site.toml and make the site's key pair. The private key stays here; send site.pub to the coordinator."""
     from appliance import identity
+    from appliance.link import policy
+    from federation import enrollment
 
     public = identity.create(
         config.resolve(),
@@ -50,9 +53,11 @@ def init(
         state=state.resolve(),
         device=device,
     )
-    typer.echo(f"wrote {config / 'site.toml'}")
-    typer.echo(f"send {public} to the coordinator, and put the ca.crt you get back into {config}")
-    typer.echo(f"key fingerprint, to compare over the phone: {identity.fingerprint(public)}")
+    policy.write_default(config / "policy.toml")
+    typer.echo(f"wrote {config / 'site.toml'} and {config / 'policy.toml'}")
+    typer.echo(f"send {public} to the coordinator, and put the ca.crt and coordinator.pub you get back into {config}")
+    words = enrollment.fingerprint(public.read_bytes())
+    typer.echo(f"key fingerprint, to compare over the phone: {words} ({identity.fingerprint(public)})")
 
 
 @app.command()
@@ -71,6 +76,28 @@ def start(
     loaded = settings.load(config)
     typer.echo(f"{loaded.name}: dials {loaded.orchestrator}, data {loaded.data}, logs {loaded.state / 'logs'}")
     supervisor.run(loaded, config.resolve() if config.exists() else None, role.value)
+
+
+app.add_typer(ledger_commands.app, name="ledger")
+enroll_commands.register(app)
+study_commands.register(app)
+
+
+@app.command()
+def doctor(
+    config: Config = Path("/config/site.toml"),
+    study: Annotated[Path | None, typer.Option(help="A study file: the dataset and the GPU are held to it.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run these alone: checks or network, machine, data.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave these checks or groups out.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, without anything private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="With --json: hosts, paths and files too.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write a page to mail to the coordinator, without them.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A warning ends with exit status 1.")] = False,
+) -> None:
+    """Look for what would keep this site out of a study: network, machine, dataset; and say what to do."""
+    from appliance.doctor import command
+
+    command.run(config, study, only or [], skip or [], json=json, private=private, page=report, strict=strict)
 
 
 def main() -> None:

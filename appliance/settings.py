@@ -40,6 +40,10 @@ class Settings(BaseModel):
     state: Path = Field(Path("/state"), description="Folder for everything the appliance writes.")
     ca_certificate: Path = Field(Path("/config/ca.crt"), description="PEM certificate of the orchestrator's authority.")
     site_key: Path = Field(Path("/config/site.key"), description="The site's private key (OpenSSH format, NIST P-384).")
+    coordinator_key: Path = Field(
+        Path("/config/coordinator.pub"), description="PEM public key of the coordinator, from the invitation."
+    )
+    policy: Path = Field(Path("/config/policy.toml"), description="What this hospital allows (appliance.link.policy).")
     device: str = Field("cuda", pattern=r"^(cpu|mps|cuda(:[0-9]+)?)$", description="Device to train on (-device).")
     preprocessing_processes: int = Field(4, ge=1, description="Processes for preprocessing and export (-np).")
     fingerprint_processes: int = Field(4, ge=1, description="Processes for reading the dataset (-npfp).")
@@ -74,7 +78,14 @@ def load(file: Path | None, environment: Mapping[str, str] = os.environ, **overr
             values.update(tomllib.loads(file.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise FednnunetError(Code.SETTINGS_INVALID, f"{file}: {error}") from error
-        for key in ("data", "state", "ca_certificate", "site_key"):  # relative to the file they stand in
+        for key in (
+            "data",
+            "state",
+            "ca_certificate",
+            "site_key",
+            "coordinator_key",
+            "policy",
+        ):  # relative to the file they stand in
             if isinstance(values.get(key), str):
                 values[key] = file.parent / values[key]
     for key in Settings.model_fields:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from appliance.link import policy
 from appliance.settings import Settings
+from federation import signing
 from federation.errors import Code, FednnunetError
 from federation.processes import LEAN, Child, Lock, Supervisor, check_port, check_room, free_port, stop_on_signals
 
@@ -35,13 +37,19 @@ def children(settings: Settings, config: Path | None, role: Role) -> list[Child]
 def check(settings: Settings, role: Role) -> None:
     """Raise a numbered error for what would make the start fail: missing files, a read-only state, a taken port."""
     if role in ("all", "link"):
-        for path, what in ((settings.ca_certificate, "ca_certificate"), (settings.site_key, "site_key")):
+        for path, what in (
+            (settings.ca_certificate, "ca_certificate"),
+            (settings.coordinator_key, "coordinator_key"),
+            (settings.site_key, "site_key"),
+        ):
             if not path.is_file():
                 raise FednnunetError(
                     Code.STATE_NOT_READY,
                     f"{what} {path} is missing",
-                    "Run `appliance init`, and ask the coordinator for ca.crt.",
+                    "Run `appliance enroll` with the coordinator's invitation.",
                 )
+        signing.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))
+        policy.load(settings.policy)
         if settings.supernode_port:
             check_port("127.0.0.1", settings.supernode_port)
     if role in ("all", "worker") and not settings.data.is_dir():

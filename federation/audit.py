@@ -6,6 +6,7 @@ Rules:
   before) and ``hash`` (SHA-256 of the canonical JSON of all the rest).
 - A line counts when it is fsynced. `append` returns only then.
 - A last line that was torn by a crash never counted: it is cut off when the file is opened for writing.
+- A `Chain` is one process's own; a file that several processes write is for `append`, which locks it.
 - Any other damage is FNU-504.
 """
 
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from federation.errors import Code, FednnunetError
-from federation.files import canonical_json, disk_errors, sha256_json, sync_directory
+from federation.files import canonical_json, disk_errors, locked, sha256_json, sync_directory
 
 GENESIS = "0" * 64
+_TAIL = 65536  # bytes read at first from the end of a chain
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -57,6 +59,52 @@ def verify(path: Path) -> int:
     return len(read(path))
 
 
+def append(path: Path, event: str, **fields: Any) -> dict[str, Any]:
+    """Add one line to a chain that several processes write, one at a time; returns it once it is on the disk.
+
+    Only the last line is looked at, so this costs the same however long the chain is; `verify` reads it all.
+
+    Parameters
+    ----------
+    path : Path
+        The file; made, with mode 0600, when it is not there.
+    event : str
+        What happened.
+    **fields
+        More about it: JSON values.
+    """
+    with locked(path):
+        with open(path, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            tail = b""
+            while tail.rstrip(b"\n").count(b"\n") < 2 and len(tail) < size:
+                stream.seek(size - min(size, max(_TAIL, 2 * len(tail))))
+                tail = stream.read()
+        whole = tail[: tail.rfind(b"\n") + 1]
+        if len(whole) < len(tail):
+            with disk_errors(path):
+                os.truncate(path, size - len(tail) + len(whole))
+        last = _last(path, whole)
+        chain = Chain._after(path, last)
+        try:
+            return chain.append(event, **fields)
+        finally:
+            chain.close()
+
+
+def _last(path: Path, lines: bytes) -> list[dict[str, Any]]:
+    """The last line, in a list, when its own hash holds; an empty list where there is none."""
+    if not lines:
+        return []
+    try:
+        line = json.loads(lines.split(b"\n")[-2])
+        if line["hash"] == sha256_json({key: value for key, value in line.items() if key != "hash"}):
+            return [line]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise FednnunetError(Code.JOURNAL_DAMAGED, f"the last line of {path}")
+
+
 class Chain:
     """A chain opened for writing by one process.
 
@@ -78,11 +126,20 @@ class Chain:
             os.ftruncate(self._file, good)
             os.fsync(self._file)
 
+    @classmethod
+    def _after(cls, path: Path, last: list[dict[str, Any]]) -> Chain:
+        """A chain that knows its last line alone."""
+        chain = cls.__new__(cls)
+        chain.path, chain.lines = path, last
+        with disk_errors(path):
+            chain._file = os.open(path, os.O_RDWR | os.O_APPEND)
+        return chain
+
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Add one line and return it once it is on the disk. Raises FNU-702 when the disk is full."""
         body = {
             **fields,
-            "seq": len(self.lines),
+            "seq": self.lines[-1]["seq"] + 1 if self.lines else 0,
             "at": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
             "event": event,
             "prev": self.lines[-1]["hash"] if self.lines else GENESIS,

@@ -64,6 +64,32 @@ class Code(Enum):
     )
     SETTINGS_INVALID = (112, "A setting is not valid", "Correct the setting named above in its file or variable.")
     STATE_NOT_READY = (113, "The state folder is not ready", "Follow the step named above, then start again.")
+    INVITATION_INVALID = (
+        114,
+        "The invitation cannot be used",
+        "Ask the coordinator to send the file again, as a file and not as text in a mail.",
+    )
+    INVITATION_EXPIRED = (
+        115,
+        "The invitation is not valid at this time",
+        "Check this machine's clock; ask the coordinator for a new invitation.",
+    )
+    INVITATION_USED = (116, "The invitation has been used", "Make a new one with `fednnunet site invite`.")
+    INVITATION_UNKNOWN = (
+        117,
+        "No invitation here fits the request",
+        "Invite the site again with `fednnunet site invite`, and tell the hospital that somebody has tried.",
+    )
+    REQUEST_INVALID = (
+        118,
+        "The request cannot be used",
+        "Ask the hospital to run `appliance enroll` again and to send the new file as it is.",
+    )
+    REQUEST_WAITING = (
+        119,
+        "Another request with another key waits already",
+        "Call each other: one of the two is not the hospital's. `fednnunet site refuse` takes the waiting one away.",
+    )
     STUDY_NOT_FOUND = (120, "No such finished study", "Give the name or the first letters of the id of one study.")
     STUDIES_NOT_COMPARABLE = (
         121,
@@ -75,6 +101,34 @@ class Code(Enum):
         "There is no finished 3d_lowres study to start the cascade from",
         "Train 3d_lowres with fold 0-4 or all first, with the same ids, plans and trainer.",
     )
+    STUDY_UNKNOWN_HERE = (
+        130,
+        "No study, or several, with this name or id",
+        "`appliance studies` lists those asked for here.",
+    )
+
+    SITE_UNKNOWN = (123, "No such site takes part", "`fednnunet site list` names those that do.")
+    SITE_TAKEN = (
+        124,
+        "The name or the key belongs to a site already",
+        "A new key for a site: `fednnunet site renew`. A key that was revoked or replaced never comes back.",
+    )
+    FINGERPRINT_DIFFERS = (
+        125,
+        "The key was not confirmed",
+        "Have the hospital read its words and digits from `appliance identity`; approve only what is the same.",
+    )
+    REGISTRY_DAMAGED = (
+        126,
+        "An entry of the registry is damaged",
+        "Restore the file named above from a backup, or take it away and invite the site again.",
+    )
+    CERTIFICATE_EXPIRES = (
+        127,
+        "A certificate has expired or will soon",
+        "Server: `fednnunet federation rotate STATE certificate`. CA: plan for new invitations to all sites.",
+    )
+    SITE_BUSY = (128, "The site takes part in a study that is under way", "Wait until the study has ended.")
 
     # 2xx: a site's dataset
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
@@ -220,6 +274,12 @@ class Code(Enum):
     STUDY_FAILED = (506, "The study has failed", "See the reason above; the same command starts it again.")
     RESULT_REFUSED = (507, "A site's answer was refused", "See the reason above; check the site's version.")
 
+    SITE_NOT_REGISTERED = (
+        508,
+        "An answer of a site that is not registered, or was revoked",
+        "`fednnunet site list` says who takes part; let the site in, or leave it out of the study.",
+    )
+
     # 6xx: the link and the network
     BUNDLE_REFUSED = (
         601,
@@ -239,6 +299,60 @@ class Code(Enum):
     )
     ENVELOPE_INVALID = (605, "A message cannot be understood", "Install the same version everywhere.")
 
+    CERTIFICATE_UNTRUSTED = (
+        606,
+        "The certificate is not signed by this federation",
+        "Something between may open TLS: have this address pass unopened, or give that CA with --ca.",
+    )
+    CERTIFICATE_DATES = (
+        607,
+        "The certificate is not valid at this time",
+        "Check this machine's clock. Coordinator: `fednnunet federation status`, then `rotate ... certificate`.",
+    )
+    CERTIFICATE_NAME = (
+        608,
+        "The certificate is for another name",
+        "Dial a name that the certificate holds, or make the server's certificate anew with this name.",
+    )
+    ENROLLMENT_REFUSED = (
+        609,
+        "The orchestrator did not take the request",
+        "Wait a minute and try again; or send the request as a file.",
+    )
+
+    NAME_NOT_RESOLVED = (610, "A name has no address", "Compare the name; ask IT which DNS server to use.")
+    PORT_NOT_REACHED = (611, "The orchestrator cannot be dialled", "Ask IT to let this machine dial it.")
+    PROXY_REFUSED = (612, "The proxy does not open the way", "Compare HTTPS_PROXY with what IT gave.")
+    CA_CERTIFICATE_UNUSABLE = (
+        614,
+        "The federation's CA certificate cannot be used",
+        "Put the ca.crt of the coordinator's invitation where ca_certificate points.",
+    )
+    TLS_FAILED = (615, "No TLS comes about", "Check the port; ask IT whether a firewall cuts TLS.")
+    LINE_TOO_SLOW = (616, "The line is too slow for a study", "Ask IT for more bandwidth.")
+
+    SIGNATURE_REFUSED = (
+        620,
+        "A message without a signature that holds",
+        "Compare the coordinator's and the site's keys; somebody between may have changed the message.",
+    )
+    TASK_REPLAYED = (
+        621,
+        "A task of the past was sent again",
+        "Nothing, if the study goes on. Where the orchestrator was restored from a backup: `appliance rewind STUDY`.",
+    )
+    STUDY_NOT_APPROVED = (
+        622,
+        "The study waits for the hospital's approval",
+        "Hospital IT: `appliance studies`, then `appliance approve STUDY`. Coordinator: then submit the study again.",
+    )
+    STUDY_DENIED = (623, "The hospital has denied this study", "Ask the hospital.")
+    POLICY_REFUSED = (
+        624,
+        "The site's policy does not allow this",
+        "Ask the hospital; its policy.toml says what it allows.",
+    )
+
     # 7xx: the machine
     PORT_IN_USE = (701, "A port is in use", "Stop the program that holds it, or choose other ports.")
     DISK_FULL = (702, "The disk is full or not writable", "Free space or mend the mount; the same command goes on.")
@@ -251,6 +365,36 @@ class Code(Enum):
         "Use -device cpu, or check the driver and the container's GPU flags.",
     )
     WORKER_NETWORK = (707, "The worker tried to use the network", "Report this: the worker has no business there.")
+    CLOCK_OFF = (
+        708,
+        "This machine's clock is off",
+        "Let it keep its time by NTP; a container has its host's clock.",
+    )
+    VERSION_DIFFERS = (
+        709,
+        "A package has another version than the release was tested with",
+        "Install with pip install -c constraints.txt, or use the image.",
+    )
+    GPU_TOO_SMALL = (
+        710,
+        "The GPU has less memory than the plan may fill",
+        "Use a larger GPU, or ask for a smaller gpu_memory_target.",
+    )
+    MEMORY_SMALL = (711, "There is little memory", "Give the container more, or use fewer processes.")
+    SHARED_MEMORY_SMALL = (
+        712,
+        "Shared memory (/dev/shm) is too small for the loaders",
+        "Start the container with --shm-size=8g, or set augmentation_processes = 0.",
+    )
+    DISK_SMALL = (713, "The disk may not hold the study", "Free space, or mount a larger disk as the state folder.")
+    KEY_EXPOSED = (714, "Others may read the site's private key", "chmod 600 the key file.")
+    KEY_UNUSABLE = (715, "The site's private key cannot be used", "Make it with `appliance enroll`.")
+    DATA_WRITABLE = (716, "The data could be written", "Mount it read-only.")
+    TRIAL_FAILED = (717, "A trial in a child process failed", "The end of its output, named above, says why.")
+    CHECK_CRASHED = (718, "A check crashed", "Report this, with the output above.")
+    CHECK_TIMED_OUT = (719, "A check did not end in time", "Look for a mount or a device that hangs; then ask again.")
+    RUNS_AS_ROOT = (720, "The appliance runs as root", "Run it as an ordinary user.")
+    MOUNT_UNREADABLE = (721, "A mount cannot be read", "Let the appliance's user read it.")
 
     @property
     def number(self) -> int:

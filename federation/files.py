@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -87,6 +88,34 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     with replacing(path) as temporary:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
             stream.write(data)
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file that must not be there, whole or not at all; raises ``FileExistsError`` and changes nothing then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(path)
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
+                stream.write(data)
+            sync_file(temporary)
+            os.link(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time: wait for a lock file, hold it for the block; a process that dies gives it back."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -156,7 +156,7 @@ def load_private(data: bytes, where: str) -> PrivateKey:
             key: object = serialization.load_ssh_private_key(data, None)
         else:
             key = serialization.load_pem_private_key(data, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm) as error:
         raise FednnunetError(Code.STATE_NOT_READY, f"{where} holds no private key") from error
     if not isinstance(key, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey):
         raise FednnunetError(Code.STATE_NOT_READY, f"{where}: neither Ed25519 nor elliptic curve")
@@ -170,7 +170,7 @@ def load_public(data: bytes, where: str) -> list[PublicKey]:
         found: list[object] = [serialization.load_pem_public_key(block.lstrip()) for block in blocks]
         if not found:
             found = [serialization.load_ssh_public_key(data.strip())]
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm) as error:
         raise FednnunetError(Code.STATE_NOT_READY, f"{where} holds no public key") from error
     keys = [key for key in found if isinstance(key, ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey)]
     if len(keys) != len(found):

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation import files, weights
+from federation import files, signing, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, check, merge, plan_tolerance, to_nnunet
@@ -43,8 +43,10 @@ from orchestrator.aggregation.robust import select
 from orchestrator.aggregation.rules import aggregate
 from orchestrator.aggregation.shared_layers import SharedLayers, check_networks, share
 from orchestrator.enrollment.authority import Authority
+from orchestrator.enrollment.ceremony import put_out_revoked
 from orchestrator.journal import ENDED, Journal
 from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
+from orchestrator.signatures import CoordinatorSignatures, Signatures
 from orchestrator.views import Views
 from orchestrator.workshop import Workshop
 
@@ -84,13 +86,17 @@ class Conductor:
         The study's journal.
     pretrained : Path
         Folder of pretrained checkpoints, named by their SHA-256.
+    signatures : Signatures
+        The coordinator's key, and those of the sites.
     poll : float
         Seconds between two looks for answers.
     """
 
-    def __init__(self, carrier: Carrier, journal: Journal, pretrained: Path, poll: float) -> None:
+    def __init__(
+        self, carrier: Carrier, journal: Journal, pretrained: Path, signatures: Signatures, poll: float
+    ) -> None:
         self.journal, self.study = journal, journal.study
-        self._exchange = Exchange(carrier, journal, poll)
+        self._exchange = Exchange(carrier, journal, signatures, poll)
         self._pretrained = pretrained
         self._workshop = Workshop()
         self._plans: dict[str, str] = {}
@@ -492,6 +498,14 @@ class CoordinatorSettings:
         return Authority(self.state / "authority")
 
     @property
+    def signatures(self) -> Signatures:
+        """The coordinator's key, and those of the sites as the registry has them."""
+        from orchestrator.enrollment.registry import Registry
+
+        key = self.authority.signing_key
+        return CoordinatorSignatures(signing.load_private(key.read_bytes(), str(key)), Registry(self.state).public_key)
+
+    @property
     def studies(self) -> Path:
         """Folder of the studies."""
         return self.state / "studies"
@@ -509,7 +523,7 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
         journal.write("opened", run=run.run_id, submission=run.submission)
         log.info("study %s (%s), run %s: %s", study.name, study.id[:12], run.run_id, journal.state.phase)
         try:
-            Conductor(run, journal, settings.state / "pretrained", settings.poll).conduct()
+            Conductor(run, journal, settings.state / "pretrained", settings.signatures, settings.poll).conduct()
         except FednnunetError as error:
             journal.write("failed", number=error.code.number, reason=str(error), advice=error.advice)
             raise
@@ -577,6 +591,7 @@ def main(settings: CoordinatorSettings) -> None:
             known, next_try = now, time.monotonic() + pause
         if next_try is not None and time.monotonic() >= next_try:
             try:
+                put_out_revoked(settings.state, control)
                 _carry_on(settings, control)
                 next_try = None
             except clients.HTTPError as error:

@@ -192,6 +192,7 @@ class Exchange:
                             break
                     if now - looked >= LOOK_AT_NODES:
                         nodes, looked = self._carrier.nodes(), now
+                        outcome.missing.update(self._not_registered(open_sites()))
                     for site in open_sites():
                         node, sent = nodes.get(site), outstanding.get(site)
                         if any(name == site for name, _ in fetching.values()):
@@ -228,6 +229,16 @@ class Exchange:
         for site in open_sites():
             outcome.missing[site] = reasons.get(site, "offline")
         return outcome
+
+    def _not_registered(self, sites: Iterable[str]) -> dict[str, str]:
+        """The sites that must not be asked, and why."""
+        found = {}
+        for site in sites:
+            try:
+                self._signatures.check_site(site)
+            except FednnunetError as error:
+                found[site] = error.scrubbed()
+        return found
 
     def _send(self, node: Node, errand: Errand, ttl: float, why: str) -> _Outstanding:
         task, weights = errand.task, None

@@ -79,6 +79,7 @@ class Server:
 def superlink(server: Server) -> None:
     """Be the SuperLink."""
     from federation.flower.superlink import Listener, SuperLinkFiles, serve
+    from orchestrator.enrollment.waiting import Waiting
 
     authority = server.authority
     authority.check()
@@ -93,6 +94,7 @@ def superlink(server: Server) -> None:
         ),
         Listener(server.fleet_host, server.fleet_port),
         Listener(server.control_host, server.control_port),
+        enroll=Waiting(server.state).receive,
     )
 
 

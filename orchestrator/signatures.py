@@ -2,6 +2,7 @@
 
 Rules:
 
+- A site that is not registered is not asked: a round does not wait for one that was revoked.
 - Every answer is checked against the registry as it is at that moment: a site that is revoked in mid-study is out with
   its next answer.
 - An answer must name the very sending of the task that it answers: what a site has said before cannot be said again
@@ -21,6 +22,9 @@ COORDINATOR = "coordinator"
 
 class Signatures(Protocol):
     """What an exchange needs to know of signatures."""
+
+    def check_site(self, site: str) -> None:
+        """Raise FNU-508 for a site that is not registered, or was revoked."""
 
     def sign_task(self, body: str) -> tuple[str, str]:
         """The message to send, and its nonce."""
@@ -43,14 +47,21 @@ class CoordinatorSignatures:
     def __init__(self, key: signing.PrivateKey, public_key: Callable[[str], bytes | None]) -> None:
         self._key, self._public_key = key, public_key
 
+    def check_site(self, site: str) -> None:
+        """Raise FNU-508 for a site that is not registered, or was revoked."""
+        self._key_of(site)
+
     def sign_task(self, body: str) -> tuple[str, str]:
         """The message to send, and its nonce."""
         return signing.sign("task", body, COORDINATOR, self._key)
 
     def open_answer(self, site: str, text: str, nonce: str) -> str:
         """The body of an answer to the message with this nonce; raises FNU-508 or FNU-620."""
+        keys = signing.load_public(self._key_of(site), f"the registry's entry of {site}")
+        return signing.open_message(text, "answer", site, keys, nonce).body
+
+    def _key_of(self, site: str) -> bytes:
         line = self._public_key(site)
         if line is None:
             raise FednnunetError(Code.SITE_NOT_REGISTERED, site)
-        keys = signing.load_public(line, f"the registry's entry of {site}")
-        return signing.open_message(text, "answer", site, keys, nonce).body
+        return line

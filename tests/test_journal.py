@@ -6,17 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from appliance.link.app import Link
-from appliance.link.ledger import Ledger
 from appliance.spool import WEIGHTS, Spool
 from federation import audit, files, tasks
 from federation.errors import Code, FednnunetError
-from federation.flower.runner import Asked
 from federation.study import Study, parse
 from federation.tasks import Kind, Result, Task
 from orchestrator.journal import Journal
@@ -224,22 +220,6 @@ def test_an_answer_whose_weights_were_freed_is_done_again(spool: Spool) -> None:
     spool.put_task(task, incoming(spool))
     assert spool.waiting() == [task]
     assert (spool.task_parcel(task).folder / WEIGHTS).exists()
-
-
-def test_the_link_frees_the_weights_of_a_round_once_the_next_task_of_the_fold_is_there(tmp_path: Path) -> None:
-    """A thousand rounds do not fill the disk: one update for a fold lies in the outbox, and none after validation."""
-    spool = Spool(tmp_path / "spool")
-    link = Link("a", spool, Ledger(tmp_path / "ledger.jsonl", "orchestrator:1"))
-    study = a_study(rounds=3)
-    left = []
-    for kind, number in ((Kind.TRAIN, 1), (Kind.TRAIN, 2), (Kind.TRAIN, 3), (Kind.VALIDATE, None), (Kind.FINISH, None)):
-        task = Task(study=study, site="a", kind=kind, fold="0", round=number)
-        update = incoming(spool) if kind is Kind.TRAIN else None
-        spool.put_result(task, finished(task), update)
-        link.handle(Asked(task.model_dump_json(), None), threading.Event())
-        left.append(len(list(spool.outbox.rglob(WEIGHTS))))
-    assert left == [1, 1, 1, 0, 0]
-    assert len(list(spool.outbox.rglob("result.json"))) == 5, "the bodies stay as a record"
 
 
 def test_no_field_of_a_task_can_name_a_folder_outside_the_spool() -> None:

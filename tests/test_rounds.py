@@ -258,3 +258,21 @@ def test_sites_that_never_appear_are_named(journal: Journal) -> None:
     with pytest.raises(FednnunetError, match="not online within 0 s: b, c") as caught:
         Exchange(network, journal, Unsigned(), 0.01).await_sites(["a", "b", "c"], 0.1)
     assert caught.value.code is Code.SITE_NEVER_APPEARED
+
+
+def test_a_site_that_was_revoked_is_not_waited_for(journal: Journal) -> None:
+    class Revoked(Unsigned):
+        def check_site(self, site: str) -> None:
+            if site == "b":
+                raise FednnunetError(Code.SITE_NOT_REGISTERED, site)
+
+    network = SimulatedNetwork({"a": description, "b": lambda task: None, "c": description})
+    exchange = Exchange(network, journal, Revoked(), 0.01)
+
+    def errand(site: str, full: bool) -> Errand:
+        return Errand(Task(study=journal.study, site=site, kind=Kind.DESCRIBE))
+
+    outcome = exchange.ask(["a", "b", "c"], errand, lambda *_: {}, needed=2, deadline=30)
+    assert sorted(outcome.answers) == ["a", "c"]
+    assert outcome.missing["b"].startswith("FNU-508")
+    assert [task.site for task in network.pushed] == ["a", "c"]

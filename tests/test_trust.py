@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import APPLIANCE, command, good, phantom_study
 from cryptography.hazmat.primitives import serialization
@@ -22,8 +23,8 @@ from appliance.link.ledger import Ledger
 from appliance.link.policy import DEFAULT, Approvals, Policy, load, write_default
 from appliance.link.trust import Trust, allow_rewind
 from appliance.plain_words import in_plain_words
-from appliance.spool import Spool
-from federation import signing, tasks
+from appliance.spool import WEIGHTS, Spool
+from federation import signing, tasks, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
 from federation.flower.runner import Answer, Asked
@@ -276,6 +277,7 @@ def test_an_answer_counts_only_from_its_site_to_its_sending_and_while_the_site_i
     for attack in attacks.values():
         refused(Code.SIGNATURE_REFUSED, attack)
     del registered[SITE]
+    refused(Code.SITE_NOT_REGISTERED, lambda: signatures.check_site(SITE))
     refused(Code.SITE_NOT_REGISTERED, lambda: signatures.open_answer(SITE, good_one, "1" * 32))
 
 
@@ -367,6 +369,22 @@ def test_the_default_that_is_written_says_what_the_default_is(tmp_path: Path) ->
     error = refused(Code.SETTINGS_INVALID, lambda: load(tmp_path / "policy.toml"))
     for named in ("studies", "hours", "more"):
         assert named in error.found
+
+
+def test_the_link_frees_the_weights_of_a_round_once_the_next_task_of_the_fold_is_there(house: House) -> None:
+    """A thousand rounds do not fill the disk: one update for a fold lies in the outbox, and none after validation."""
+    study, left = a_study(rounds=3), []
+    for kind, number in ((Kind.TRAIN, 1), (Kind.TRAIN, 2), (Kind.TRAIN, 3), (Kind.VALIDATE, None), (Kind.FINISH, None)):
+        task = Task(study=study, site=SITE, kind=kind, fold="all", round=number)
+        update = None
+        if kind is Kind.TRAIN:
+            update = house.folder / "update"
+            weights.save(update, {"w": np.zeros(3, np.float32)})
+        house.spool.put_result(task, trained(task), update)
+        house.arrives(signed(task))
+        left.append(len(list(house.spool.outbox.rglob(WEIGHTS))))
+    assert left == [1, 1, 1, 0, 0]
+    assert len(list(house.spool.outbox.rglob("result.json"))) == 5, "the bodies stay as a record"
 
 
 # for people

@@ -6,13 +6,17 @@ error whose text holds "ssl": right for a process that lives for one task, wrong
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import sqlite3
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.common.serde import user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -36,7 +40,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.interceptors.http.utils import add_headers
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -181,6 +185,48 @@ def run_is_over(fleet: Any, node_id: int, run_id: int) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A node of the SuperLink.
+
+    Attributes
+    ----------
+    name, node_id, status : str, int, str
+        The site's name, Flower's id, and "registered", "online" or "offline".
+    public_key : str
+        OpenSSH line, without a comment.
+    online_until : float, optional
+        When its last sign of life ran out or will, in seconds since 1970; None: it never came.
+    """
+
+    name: str
+    node_id: int
+    status: str
+    public_key: str
+    online_until: float | None
+
+
+def ssh_line(public_key: bytes) -> str:
+    """A key as Flower keeps it, as an OpenSSH line."""
+    return (
+        bytes_to_public_key(public_key)
+        .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        .decode()
+    )
+
+
+def rename_node(database: Path, public_key: str, name: str) -> None:
+    """Give the node with this key (OpenSSH line) another name, in the SuperLink's database.
+
+    Flower's Control API cannot: a key that was unregistered is never taken again, so this is the one change that is
+    made in its SQLite file, in one transaction, also while the SuperLink runs.
+    """
+    key = public_key_to_bytes(load_ssh_public_key(public_key.encode()))  # type: ignore[arg-type]
+    with contextlib.closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True, timeout=30)) as opened:
+        with opened:
+            opened.execute("UPDATE node SET name = ? WHERE public_key = ? AND status != 'unregistered'", (name, key))
+
+
 class _Bearer:
     def __init__(self, token: str) -> None:
         self._token = token
@@ -220,6 +266,15 @@ class Control:
         """Node id and status ("registered", "online", "offline") of every registered site, by name."""
         nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
         return {node.name: (node.node_id, node.status) for node in nodes if node.status != "unregistered"}
+
+    def sites(self) -> list[Registered]:
+        """Every node that is registered now, with its key."""
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return [
+            Registered(node.name, node.node_id, node.status, ssh_line(node.public_key), node.online_until or None)
+            for node in nodes
+            if node.status != "unregistered"
+        ]
 
     def start(self, study_json: str) -> int:
         """Start a run that carries a study; returns Flower's run id.

@@ -3,10 +3,13 @@
 Open-source Flower serves its Fleet, Control and Runtime APIs on one port, and its Control API asks nobody who
 they are: whoever reaches the port can run code at every site. So:
 
-- hospitals' listener: ``/v1/fleet/*`` and ``/health``, nothing else;
+- hospitals' listener: ``/v1/fleet/*`` and ``/health``, and ``/v1/enroll`` for a POST to a function of ours; nothing
+  else;
 - control listener (loopback or the cluster's inside): ``/v1/control/*`` with our bearer token, ``/v1/runtime/*``
   with Flower's secret and task tokens, ``/health``;
 - everything else is 404, by path, before Flower sees it.
+
+A new server certificate is taken up while the SuperLink runs: connections that are open go on.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import contextlib
 import hashlib
 import hmac
 import importlib
+import logging
 import signal
+import ssl
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +32,11 @@ import flwr.supercore.corestate.sql_corestate as corestate
 import uvicorn
 from flwr.supercore.logger import update_console_handler
 from flwr.superlink.main import create_app
+
+from federation.enrollment import PATH
+from federation.flower.intake import Handler, Intake
+
+log = logging.getLogger("fednnunet.superlink")
 
 _cli = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
@@ -52,10 +62,12 @@ class SuperLinkFiles:
 
 
 class Guard:
-    """Lets through the listed paths alone, and Control only with the token."""
+    """Lets through the listed paths alone, and Control only with the token; `/v1/enroll` goes to the intake."""
 
-    def __init__(self, app: Any, prefixes: tuple[str, ...], token_sha256: bytes = b"") -> None:
-        self._app, self._prefixes, self._token = app, prefixes, token_sha256
+    def __init__(
+        self, app: Any, prefixes: tuple[str, ...], token_sha256: bytes = b"", intake: Intake | None = None
+    ) -> None:
+        self._app, self._prefixes, self._token, self._intake = app, prefixes, token_sha256, intake
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One ASGI call."""
@@ -63,7 +75,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path = scope.get("path", "")
-        if scope["type"] != "http" or not (path == "/health" or path.startswith(self._prefixes)):
+        if scope["type"] == "http" and path == PATH and self._intake is not None:
+            await self._intake(scope, receive, send)
+        elif scope["type"] != "http" or not (path == "/health" or path.startswith(self._prefixes)):
             await self._refuse(scope, send, 404)
         elif path.startswith("/v1/control/") and not self._authorised(scope):
             await self._refuse(scope, send, 401)
@@ -91,7 +105,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(files: SuperLinkFiles, fleet: Listener, control: Listener, task_lease: float = 600.0) -> None:
+def serve(
+    files: SuperLinkFiles,
+    fleet: Listener,
+    control: Listener,
+    task_lease: float = 600.0,
+    enroll: Handler | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Parameters
@@ -103,6 +123,8 @@ def serve(files: SuperLinkFiles, fleet: Listener, control: Listener, task_lease:
     task_lease : float
         Seconds without a heartbeat after which a coordinator counts as gone (Flower's own: 60; an outage of the
         SuperLink itself must not kill the run).
+    enroll : callable, optional
+        ``enroll(body) -> (status, answer)``: takes the requests of hospitals that want to be let in.
     """
     lease: Any = corestate  # the module's constants are integers by type, any number by use
     lease.HEARTBEAT_PATIENCE = task_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
@@ -133,7 +155,13 @@ def serve(files: SuperLinkFiles, fleet: Listener, control: Listener, task_lease:
         )
     )
     outer = _Server(
-        uvicorn.Config(Guard(app, ("/v1/fleet/",)), host=fleet.host, port=fleet.port, lifespan="off", **common)
+        uvicorn.Config(
+            Guard(app, ("/v1/fleet/",), intake=Intake(enroll) if enroll else None),
+            host=fleet.host,
+            port=fleet.port,
+            lifespan="off",
+            **common,
+        )
     )
 
     async def both() -> None:
@@ -142,6 +170,25 @@ def serve(files: SuperLinkFiles, fleet: Listener, control: Listener, task_lease:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop)
+        renewing = asyncio.create_task(_take_up_certificates(files, [inner, outer]))
         await asyncio.gather(inner.serve(), outer.serve())
+        renewing.cancel()
 
     asyncio.run(both())
+
+
+async def _take_up_certificates(files: SuperLinkFiles, servers: list[_Server], every: float = 2.0) -> None:
+    """Load the server's certificate anew when its file has changed; new connections get it."""
+    seen = files.certificate.stat().st_mtime_ns
+    while True:
+        await asyncio.sleep(every)
+        with contextlib.suppress(OSError, ssl.SSLError):  # key and certificate are written one after the other
+            now = files.certificate.stat().st_mtime_ns
+            if now == seen:
+                continue
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.certificate, files.key)
+            for server in servers:
+                if server.config.ssl is not None:
+                    server.config.ssl.load_cert_chain(files.certificate, files.key)
+            seen = now
+            log.info("a new server certificate is in use")

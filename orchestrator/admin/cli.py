@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from federation import console
-from orchestrator.admin import simulation_commands, sites, studies
+from orchestrator.admin import audit, authorities, simulation_commands, sites, studies
 
 app = typer.Typer(
     help="Federated nnU-Net: run a study across hospitals, or a whole federation on this machine.",
@@ -15,8 +15,9 @@ app = typer.Typer(
 )
 app.add_typer(simulation_commands.app, name="simulate")
 app.add_typer(studies.app, name="study")
-app.add_typer(sites.federation, name="federation")
+app.add_typer(authorities.federation, name="federation")
 app.add_typer(sites.site, name="site")
+app.add_typer(audit.app, name="audit")
 
 
 def main() -> None:

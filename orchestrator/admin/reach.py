@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from federation.console import require
 from federation.errors import Code, FednnunetError
 from orchestrator.enrollment.authority import Authority
 
@@ -25,7 +26,8 @@ def control(state: Path, address: str) -> Control:
 
 @contextlib.contextmanager
 def reaching(address: str) -> Iterator[None]:
-    """Turn what the network says into FNU-604."""
+    """Turn what the network says into FNU-604; FNU-704 where Flower is not installed."""
+    require("orchestrator", "flwr")
     from federation.flower.clients import HTTPError
 
     try:

@@ -10,7 +10,7 @@ Rules:
 Layout of the state folder::
 
     orchestrator/            state of `orchestrator start` (authority, database, studies)
-    sites/NAME/config/       site.toml, site.key, ca.crt
+    sites/NAME/config/       site.toml, site.key, ca.crt, coordinator.pub, policy.toml
     sites/NAME/state/        state of `appliance start` (spool, ledger, worker, logs)
     planned/PLANS.json       how datasets were planned, for `train`
 """
@@ -40,9 +40,11 @@ from federation.study import SITE_NAME, Study
 from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
+from orchestrator.enrollment.ceremony import let_in
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 120.0
+POLICY = b'# Simulated: whoever starts the study owns the data.\nstudies = "any"\n'
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Simulation:
             authority = Authority(self.orchestrator / "authority")
             if not authority.ca.exists():
                 create(authority.folder, [LOOPBACK, "localhost"])
+            elif not authority.signing_key.exists():  # a state folder of a version that signed nothing
+                authority.begin_signing_key()
             children = [self._orchestrator(fleet_port)]
             for name, data in self.sites.items():
                 children.append(self._site(name, data, fleet_port, authority))
@@ -154,6 +158,8 @@ class Simulation:
                 ]
             )
         shutil.copyfile(authority.ca, config / "ca.crt")
+        shutil.copyfile(authority.signing_public, config / "coordinator.pub")
+        files.write_bytes(config / "policy.toml", POLICY)
         settings: dict[str, Any] = {
             "orchestrator": address,
             "data": str(data),
@@ -188,15 +194,14 @@ class Simulation:
         while True:
             self.supervisor.look()
             try:
-                known = client.nodes()
+                client.nodes()
                 break
             except HTTPError as error:
                 if time.monotonic() > end:
                     raise FednnunetError(Code.ORCHESTRATOR_UNREACHABLE, str(error).splitlines()[0]) from error
                 time.sleep(0.1)
         for name in self.sites:
-            if name not in known:
-                client.register((self.state / "sites" / name / "config" / "site.pub").read_bytes(), name)
+            let_in(self.orchestrator, client, name, (self.state / "sites" / name / "config" / "site.pub").read_bytes())
 
     def run(self, study: Study, console: Console) -> StudyView:
         """Start everything, run a study to its end, end everything; raises what made the study fail.

@@ -59,6 +59,7 @@ def submit(
     from federation.study import load
     from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
     from orchestrator.admin.reach import control, reaching
+    from orchestrator.enrollment.record import recorded
 
     require("orchestrator", "flwr")
     study = load(file)
@@ -70,7 +71,7 @@ def submit(
     if tail.path.exists() and view.ended is None:
         console.print(f"study {study.name} is under way: {view.phase}, round {view.done_rounds}")
     elif view.ended != "done":
-        with reaching(control_address):
+        with recorded(state, "study submit", study=study.id, name=study.name), reaching(control_address):
             control(state, control_address).start(study.model_dump_json())
         view.ended = None
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
