@@ -56,6 +56,10 @@ class Spool:
 
     # the link's side
 
+    def announce(self, bundle: str) -> None:
+        """Tell the worker which app bundle the link accepts, for the site's answer to Describe."""
+        files.write_bytes(self.root / "bundle", bundle.encode())
+
     def put_task(self, task: tasks.Task, weights: Path | None) -> None:
         """Lay a task into the inbox, unless the same task lies there already.
 
@@ -130,6 +134,11 @@ class Spool:
             (new / "result.json").write_bytes(result.model_dump_json(indent=1).encode())
             if weights is not None:
                 os.replace(weights, new / WEIGHTS)
+
+    def announced(self) -> str | None:
+        """The app bundle that the link accepts; None before a link was here."""
+        path = self.root / "bundle"
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     # both
 

@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,7 @@ from commands import (
 )
 
 from federation.audit import read
+from federation.flower.bundle import bundle_hash
 from federation.processes import free_port
 
 pytestmark = pytest.mark.slow
@@ -190,6 +192,11 @@ def test_a_study_by_hand_over_two_addresses_ends_with_a_model_and_leaves_no_proc
             command(APPLIANCE, "ledger", "verify", "--config", hand.config(site) / "site.toml", cwd=hand.folder)
         )
         assert "the chain holds" in shown.out
+
+    # the coordinator sees which version each site has told, and that its link accepts this version's bundle
+    sites = command(FEDNNUNET, "site", "list", "--state", hand.federation, "--control", hand.control, cwd=hand.folder)
+    rows = [line.split("\t") for line in good(sites).out.splitlines()]
+    assert {tuple(row[4:]) for row in rows} == {(version("fednnunet"), bundle_hash()[:12])}
 
     # the same command again says what there is, and does nothing twice
     lines = len(read(archive.parent / "journal.jsonl"))

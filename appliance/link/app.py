@@ -30,6 +30,7 @@ from appliance.spool import Spool
 from federation import files, signing
 from federation.errors import Code, FednnunetError
 from federation.flower import clients
+from federation.flower.bundle import bundle_hash
 from federation.flower.runner import Answer, Asked, Stop, serve_tasks
 from federation.flower.transfer import file_array
 from federation.tasks import Kind, Task
@@ -144,6 +145,7 @@ def main(settings: Settings, runtime_port: int) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     spool = Spool(settings.spool)
+    spool.announce(bundle_hash())
     here = settings.state / "link"
     trusted = signing.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))
     link = Link(

@@ -191,7 +191,11 @@ class Worker:
         if not examination.good:
             print(examination.report(), file=sys.stderr, flush=True)
             return tasks.Result.answering(task, failure=examination.failure())
-        return tasks.Result.answering(task, description=examination.description())
+        description = examination.description()
+        if (bundle := self.spool.announced()) is not None:
+            versions = {**description.versions, "bundle": bundle}
+            description = description.model_copy(update={"versions": versions})
+        return tasks.Result.answering(task, description=description)
 
     def _fingerprint(self, task: tasks.Task, workspace: Workspace, control: Control) -> tasks.Result:
         examination = self._examine(task, workspace, control)

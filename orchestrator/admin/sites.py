@@ -152,7 +152,7 @@ def show(
         nodes = {(node.name, node.public_key): node for node in _flower(state, control_address).sites()}
     for entry in Registry(state).all():
         node = nodes.pop((entry.name, entry.public_key), None)
-        typer.echo("\t".join((entry.name, entry.state, _seen(node), entry.fingerprint, "-", "-")))
+        typer.echo("\t".join((entry.name, entry.state, _seen(node), entry.fingerprint, *_versions(state, entry.name))))
     for (name, key), node in sorted(nodes.items()):  # nobody approved it here: no answer of it counts
         typer.echo("\t".join((name, "not approved", _seen(node), fingerprint(key.encode()), "-", "-")))
 
@@ -273,6 +273,16 @@ def _confirm(what: str, request: Request, yes: bool, words: str | None) -> None:
         raise FednnunetError(Code.FINGERPRINT_DIFFERS, "nobody to ask: give --fingerprint, or --yes")
     if not typer.confirm("Call the hospital. Does it read the same words and digits?"):
         raise FednnunetError(Code.FINGERPRINT_DIFFERS, "it was not the same")
+
+
+def _versions(state: Path, site: str) -> tuple[str, str]:
+    """Version and bundle hash that a site told with its newest answer to Describe; `-` for what is not known."""
+    from federation.tasks import parse_result
+
+    answers = sorted(state.glob(f"studies/*/answers/describe/{site}.json"), key=lambda path: path.stat().st_mtime_ns)
+    told = parse_result(answers[-1].read_bytes()).description if answers else None
+    versions = told.versions if told else {}
+    return versions.get("fednnunet", "-"), versions.get("bundle", "-")[:12]
 
 
 def _seen(node: Registered | None) -> str:
