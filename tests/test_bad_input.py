@@ -139,7 +139,7 @@ def test_c_with_nothing_to_continue_is_refused_and_a_setting_that_is_wrong_too(r
         ({"labels": {"background": 0, "organ": 2}}, 102, ["consecutive"]),
         ({"sites": ["Hospital A"]}, 102, ["sites.0"]),
         ({"sites": ["hospital_a", "hospital_a"]}, 102, ["twice"]),
-        ({"aggregation": {"method": "median"}}, 102, ["aggregation.method"]),
+        ({"aggregation": {"method": "mode"}}, 102, ["aggregation.method"]),
     ],
     ids=["absent", "not YAML", "binary", "no keys", "fields missing"] + [None] * 8,
 )
