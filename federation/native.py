@@ -26,9 +26,6 @@ from federation.study import Study
 from federation.weights import Spec, TensorFile, write_tensors
 
 CHECKPOINT = "checkpoint_final.pth"
-_PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-_NETWORKS = "dynamic_network_architectures.architectures."
-_IMPORTS = ("torch.nn.", "dynamic_network_architectures.")
 
 
 def model_name(study: Study, plans: Mapping[str, Any]) -> str:
@@ -39,38 +36,6 @@ def model_name(study: Study, plans: Mapping[str, Any]) -> str:
 def fold_of(fold: str) -> int | str:
     """A fold as nnU-Net's trainers take it: a number, or `all`."""
     return fold if fold == "all" else int(fold)
-
-
-def check_plans(plans: Mapping[str, Any], study: Study) -> None:
-    """Refuse plans that name anything but nnU-Net's own networks and plain folders.
-
-    nnU-Net imports the classes that plans name and joins the names in them to paths. Raises FNU-303 when the
-    configuration is missing and FNU-305 when a name is not acceptable.
-    """
-    configurations = plans.get("configurations", {})
-    if study.configuration not in configurations:
-        raise FednnunetError(Code.CONFIGURATION_MISSING, f"{study.configuration}; planned: {', '.join(configurations)}")
-    if plans.get("dataset_name") != study.dataset:
-        raise FednnunetError(Code.PLANS_REFUSED, f"dataset_name {plans.get('dataset_name')!r}")
-    names = [plans.get("plans_name")]
-    names += [entry["data_identifier"] for entry in configurations.values() if "data_identifier" in entry]
-    for name in names:
-        if not isinstance(name, str) or not _PLAIN_NAME.match(name):
-            raise FednnunetError(Code.PLANS_REFUSED, f"name {name!r}")
-    for entry in configurations.values():
-        for stage in (entry.get("previous_stage"), entry.get("next_stage")):  # they become parts of paths
-            if stage is not None and stage not in configurations:
-                raise FednnunetError(Code.PLANS_REFUSED, f"stage {stage!r}")
-    for entry in configurations.values():
-        network = entry.get("architecture")
-        if network is None:
-            continue
-        if not str(network.get("network_class_name")).startswith(_NETWORKS):
-            raise FednnunetError(Code.PLANS_REFUSED, f"network {network.get('network_class_name')!r}")
-        for key in network.get("_kw_requires_import", []):
-            value = network.get("arch_kwargs", {}).get(key)
-            if value is not None and not str(value).startswith(_IMPORTS):
-                raise FednnunetError(Code.PLANS_REFUSED, f"{key} {value!r}")
 
 
 def trainer_module(name: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from federation.errors import Code, FednnunetError
 from federation.files import sha256_of
-from federation.native import check_plans
+from federation.plans import check_plans
 from federation.tasks import Kind, Preparation, Result, Task
 from federation.weights import TensorFile, difference_specs, exponents
 

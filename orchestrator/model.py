@@ -27,6 +27,7 @@ from typing import Any
 
 from federation import files, native, tasks
 from federation.errors import Code, FednnunetError
+from federation.plans import check_plans
 from federation.study import Study, parse
 from orchestrator.workshop import Workshop, borrowed
 
@@ -217,7 +218,7 @@ def build_network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], stu
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    native.check_plans(plans, study)
+    check_plans(plans, study)
     trainer = native.trainer_class(study.trainer)
     manager = PlansManager(dict(plans))
     configuration = manager.get_configuration(study.configuration)

@@ -166,7 +166,7 @@ def test_the_mean_is_flowers_fedavg(
     [
         ("fedavgm", np.float32),
         ("fedadam", np.float32),
-        # without a first moment the first step, d / (|d| + tau), multiplies what float32 has rounded off in Flower's mean
+        # without a first moment the first step, d / (|d| + tau), multiplies what Flower's float32 mean has rounded off
         ("fedadagrad", np.float64),
         # the sign in Yogi's formula, and so its step, is decided by rounding where v and d^2 are all but equal
         ("fedyogi", np.float64),

@@ -294,6 +294,31 @@ def test_2d_and_3d_networks_and_other_classes_are_refused_with_who_has_which() -
     assert "PlainConvUNet: a; ResidualEncoderUNet: b" in error.value.found
 
 
+def test_a_hostile_sites_network_runs_nothing_at_the_orchestrator(
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from appliance.worker import preparation
+
+    honest, marker = preparation.network, tmp_path / "ran"
+
+    def hostile(plan: Any, configuration: str) -> Network:
+        told = honest(plan, configuration)
+        if told.spacing[0] != 4.0:
+            return told
+        arguments = {
+            **told.architecture["arch_kwargs"],
+            "nonlin": "torch.nn.modules.module.torch.os.system",
+            "nonlin_kwargs": {"command": f"touch {marker}"},
+        }
+        return told.model_copy(update={"architecture": {**told.architecture, "arch_kwargs": arguments}})
+
+    monkeypatch.setattr(preparation, "network", hostile)
+    with pytest.raises(FednnunetError) as error:
+        Federation(tmp_path / "federation", data).run(asym_study())
+    assert "thick: FNU-507" in error.value.found
+    assert not marker.exists()
+
+
 # by the command line, with all processes
 
 

@@ -17,8 +17,9 @@ import pytest
 from commands import fednnunet, phantom_study, refused
 from in_process import Federation, Outcome
 
-from federation import files, native
+from federation import files
 from federation.errors import Code, FednnunetError
+from federation.plans import check_plans
 from federation.study import Study, parse
 from orchestrator import comparison, finished, stages
 from orchestrator.admin.phantom import SITES as PHANTOMS
@@ -248,7 +249,7 @@ def test_a_stage_that_is_a_path_is_refused(stage: str) -> None:
         "configurations": {"3d_lowres": {"data_identifier": "nnUNetPlans_3d_lowres", stage: "../../../elsewhere"}},
     }
     with pytest.raises(FednnunetError, match="elsewhere") as caught:
-        native.check_plans(plans, lowres)
+        check_plans(plans, lowres)
     assert caught.value.code is Code.PLANS_REFUSED
 
 

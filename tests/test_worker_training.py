@@ -330,6 +330,11 @@ def test_plans_other_than_the_signed_ones_are_refused(tmp_path: Path) -> None:
     assert codes(unprepared) == [Code.PLANS_HASH.number]
 
 
+def network(plans: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = plans["configurations"]["3d_fullres"]["architecture"]
+    return found
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -337,7 +342,18 @@ def test_plans_other_than_the_signed_ones_are_refused(tmp_path: Path) -> None:
         lambda plans: plans.update(dataset_name="Dataset778_Other"),
         lambda plans: plans["configurations"]["3d_fullres"].update(data_identifier="../escape"),
         lambda plans: plans["configurations"]["3d_fullres"]["architecture"].update(network_class_name="os.system"),
-        lambda plans: plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(norm_op="os.system"),
+        lambda plans: network(plans).update(network_class_name="dynamic_network_architectures.architectures.os.system"),
+        lambda plans: network(plans)["arch_kwargs"].update(norm_op="os.system"),
+        lambda plans: network(plans)["arch_kwargs"].update(
+            nonlin="torch.nn.modules.module.torch.os.system", nonlin_kwargs={"command": "touch pwned"}
+        ),
+        lambda plans: network(plans)["arch_kwargs"].update(nonlin_kwargs={"command": "touch pwned"}),
+        lambda plans: network(plans)["arch_kwargs"].update(init="torch.nn.Linear"),
+        lambda plans: network(plans)["arch_kwargs"].update(features_per_stage=[10**6] * 3),
+        lambda plans: network(plans)["_kw_requires_import"].append("norm_op_kwargs"),
+        lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[10**5] * 3),
+        lambda plans: plans["configurations"]["3d_fullres"].update(resampling_fn_data="os"),
+        lambda plans: plans["configurations"]["3d_fullres"].update(preprocessor_name="subprocess"),
     ],
 )
 def test_plans_that_name_anything_but_nnunets_own_are_refused(tmp_path: Path, change: Any) -> None:

@@ -10,9 +10,10 @@ import shutil
 
 from appliance.worker.dataset import Examination
 from appliance.worker.workspace import Workspace
-from federation import files, native, planners, tasks
+from federation import files, planners, tasks
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import to_nnunet
+from federation.plans import check_plans
 
 
 def own_plan(workspace: Workspace, examination: Examination) -> tasks.Plan:
@@ -37,7 +38,7 @@ def own_plan(workspace: Workspace, examination: Examination) -> tasks.Plan:
         raise
     except (Exception, SystemExit) as error:
         raise FednnunetError(Code.PLANNING_FAILED, repr(error)) from error
-    native.check_plans(plans, study)
+    check_plans(plans, study)
     return tasks.Plan(plans=plans, plans_sha256=files.sha256_json(plans), dataset_json=dataset_json)
 
 

@@ -33,6 +33,7 @@ from appliance.worker.workspace import Control, Interrupted, Workspace
 from federation import files, native, tasks
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import to_nnunet
+from federation.plans import check_plans
 from federation.processes import end_with_parent
 from federation.study import CASCADE, LOWRES
 
@@ -155,7 +156,7 @@ def _given_plan(task: tasks.Task) -> tasks.Plan:
         raise FednnunetError(Code.ENVELOPE_INVALID, "prepare without a plan")
     if files.sha256_json(task.plan.plans) != task.plan.plans_sha256:
         raise FednnunetError(Code.PLANS_HASH, f"their SHA-256 is {files.sha256_json(task.plan.plans)}")
-    native.check_plans(task.plan.plans, task.study)
+    check_plans(task.plan.plans, task.study)
     return task.plan
 
 

@@ -43,6 +43,7 @@ from appliance.worker.workspace import Control, Workspace
 from federation import files, native, tasks, weights
 from federation.errors import Code, FednnunetError
 from federation.layers import kept_local
+from federation.plans import check_plans
 from federation.weights import TensorFile
 
 
@@ -180,7 +181,7 @@ class FoldTrainer:
         self.study = study = workspace.study
         self.plans = workspace.plans(plans_sha256)
         self.dataset_json = workspace.dataset_json()
-        native.check_plans(self.plans, study)
+        check_plans(self.plans, study)
         workspace.enter()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
