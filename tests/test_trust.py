@@ -361,6 +361,23 @@ def test_outside_the_hours_a_task_waits_and_ends_with_its_run(house: House, monk
     assert house.spool.waiting() == []
 
 
+def test_a_study_that_is_denied_while_it_waits_for_its_hours_does_not_begin(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.link.app.HOURS_LOOK", 0.05)
+    study, closed = a_study(), threading.Event()
+
+    def is_open(policy: Policy, now: dt.time) -> bool:
+        if closed.is_set():
+            return True
+        house.approvals.say(study, "denied")
+        closed.set()
+        return False
+
+    monkeypatch.setattr(Policy, "is_open", is_open)
+    refused(Code.STUDY_DENIED, lambda: house.arrives(signed(a_task())))
+
+
 def test_the_default_that_is_written_says_what_the_default_is(tmp_path: Path) -> None:
     write_default(tmp_path / "policy.toml")
     assert load(tmp_path / "policy.toml") == Policy() == load(tmp_path / "missing.toml")

@@ -103,14 +103,17 @@ class Link:
         return Answer(message, file_array(parcel.weights) if parcel.weights else None)
 
     def _permit(self, task: Task, over: threading.Event) -> None:
-        """Let a task pass the policy; outside its hours wait for them."""
-        try:
-            self._policy().check_task(task, self._approvals.meet(task.study))
-        except FednnunetError as error:
-            self._trust.refuse(task, error)
-            raise
-        while not self._policy().is_open(dt.datetime.now().time()):  # noqa: DTZ005 - the hospital's own clock
-            log.info("%s %s waits: hours %s", task.study.name, task.key, self._policy().hours)
+        """Let a task pass the policy as it is when the task begins; outside its hours wait for them."""
+        while True:
+            policy = self._policy()
+            try:
+                policy.check_task(task, self._approvals.meet(task.study))
+            except FednnunetError as error:
+                self._trust.refuse(task, error)
+                raise
+            if policy.is_open(dt.datetime.now().time()):  # noqa: DTZ005 - the hospital's own clock
+                return
+            log.info("%s %s waits: hours %s", task.study.name, task.key, policy.hours)
             if over.wait(HOURS_LOOK):
                 raise FednnunetError(Code.CANCELLED, f"the run ended before the hours of {task.key}")
 
