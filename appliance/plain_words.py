@@ -39,7 +39,7 @@ def in_plain_words(study: Study, site: str) -> str:
         "",
         "What it asks of this hospital",
         f"  {rounds} rounds of training, {steps} steps in all, on this site's own images"
-        + (f", for each of {len(study.folds)} folds." if len(study.folds) > 1 else "."),
+        + (f" ({study.rounds} rounds for each of {len(study.folds)} folds)." if len(study.folds) > 1 else "."),
         f"  A round may take up to {_time(study.round_deadline)}; then the others go on without it"
         + (" (all sites are needed)." if study.quorum is None else f" ({study.quorum} sites are enough)."),
         "",
@@ -53,7 +53,9 @@ def in_plain_words(study: Study, site: str) -> str:
             + (f", nothing finer than {groups} cases." if groups > 1 else "; spacing and shape of each case, no name.")
         )
     else:
-        lines.append("  The shape of the network that fits this site's images. No fingerprint.")
+        lines.append(
+            "  The network that fits this site's images: layers, target spacing, patch, batch size. No fingerprint."
+        )
     if study.stop_after != "finish":
         return "\n".join([*lines, f"  Nothing else: the study ends after {study.stop_after}."])
     kept = f", without the layers {', '.join(study.keep_local)}" if study.keep_local else ""

@@ -142,10 +142,12 @@ class Spool:
 
     # both
 
-    def forget(self, task: tasks.Task) -> None:
-        """Free the weights of a task that nobody can ask for again; bodies stay as a record."""
+    def forget_rounds(self, study_id: str, fold: str, before: int) -> None:
+        """Free the weights of a fold's rounds that nobody can ask for again; bodies stay as a record."""
         for box in (self.inbox, self.outbox):
-            (self._folder(box, task) / WEIGHTS).unlink(missing_ok=True)
+            for path in (box / study_id).glob(f"train-fold_{fold}-*/{WEIGHTS}"):
+                if int(path.parent.name.rpartition("-")[2]) < before:
+                    path.unlink(missing_ok=True)
 
     def _folder(self, box: Path, task: tasks.Task) -> Path:
         return box / task.study.id / task.key

@@ -73,13 +73,13 @@ def check_plans(plans: Mapping[str, Any], study: Study) -> None:
     names = [plans.get("plans_name")]
     names += [entry["data_identifier"] for entry in configurations.values() if "data_identifier" in entry]
     for name in names:
-        if not isinstance(name, str) or not _PLAIN_NAME.match(name):
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
             raise _refused("name", name)
     for entry in (plans, *configurations.values()):
         for key, pattern in _LOOKED_UP.items():
             given = entry.get(key, [])
             for value in given if isinstance(given, list) else [given]:
-                if not isinstance(value, str) or not pattern.match(value):
+                if not isinstance(value, str) or not pattern.fullmatch(value):
                     raise _refused(key, value)
     for entry in configurations.values():
         for stage in (entry.get("previous_stage"), entry.get("next_stage"), entry.get("inherits_from")):
@@ -117,7 +117,7 @@ def _check_network(network: object) -> None:
         raise _refused("arch_kwargs", arguments)
     for name, value in arguments.items():
         if name in OPERATIONS:
-            good = value is None or (isinstance(value, str) and value in OPERATIONS[name])
+            good = value is None or (isinstance(value, str) and value in OPERATIONS[name] and name in required)
         elif name in OPTIONS:
             good = value is None or (
                 isinstance(value, Mapping)

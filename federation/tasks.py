@@ -14,7 +14,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint
@@ -27,7 +27,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Kind(StrEnum):
@@ -151,6 +151,13 @@ class Training(_Body):
         description="nnU-Net's online Dice for each epoch and foreground class; None where a class did not occur."
     )
     seconds: dict[str, float] = Field(description="Wall time: `train`, `validation`, `checkpoint`, `start` (cold).")
+
+    @model_validator(mode="after")
+    def _one_entry_for_each_epoch(self) -> Training:
+        for name in ("learning_rate", "train_loss", "val_loss", "pseudo_dice"):
+            if len(getattr(self, name)) != self.epochs:
+                raise ValueError(f"{name} has not one entry for each epoch")
+        return self
 
 
 class LabelScore(_Body):

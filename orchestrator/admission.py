@@ -129,6 +129,8 @@ def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: 
             continue
         if not np.isfinite(value).all():
             raise refuse(f"tensor {name} holds NaN or infinite numbers")
+        if name.endswith("running_var") and not half and (value < 0).any():
+            raise refuse(f"tensor {name} holds a negative variance")
         flat = reference.reshape(-1)
         norm += float(np.dot(flat, flat))
         moved = (np.ldexp(value.astype(np.float32), scales[name]) if half else value - reference).reshape(-1)

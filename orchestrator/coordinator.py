@@ -173,6 +173,9 @@ class Conductor:
             header, file = weights(site, full) if weights else (None, None)
             return Errand(self._task(site, kind, fold, None, plan=plan, weights=header), file)
 
+        closed = self._closed(kind, fold, errand)
+        if closed is not None:
+            return closed
         self._enter(kind, errand)
         outcome = self._exchange.ask(
             self.study.sites,
@@ -183,7 +186,20 @@ class Conductor:
         )
         if len(outcome.answers) < (needed or len(self.study.sites)):
             raise FednnunetError(Code.SITE_FAILED, f"{kind}: {_who(outcome)}")
+        self._close(kind, fold, outcome)
         return outcome
+
+    def _closed(self, kind: Kind, fold: str | None, errand: Callable[[str, bool], Errand]) -> Outcome | None:
+        """The outcome of a step that may lack sites, where it has been closed: nobody is asked for it again."""
+        missing = self.journal.state.steps.get((str(kind), fold or ""))
+        if missing is None:
+            return None
+        answers = {site: self.journal.answer(errand(site, False).task) for site in self.study.sites}
+        return Outcome({site: answer for site, answer in answers.items() if answer is not None}, missing)
+
+    def _close(self, kind: Kind, fold: str | None, outcome: Outcome) -> None:
+        if kind in (Kind.VALIDATE, Kind.FINISH):
+            self.journal.write("step", kind=str(kind), fold=fold, missing=outcome.missing)
 
     def _enter(self, kind: Kind, errand: Callable[[str, bool], Errand]) -> None:
         """Enter a step's phase, unless every site has answered it before."""
@@ -221,8 +237,13 @@ class Conductor:
         return Plan.model_validate_json(path.read_bytes())
 
     def _prepare(self, plan: Plan | None) -> dict[str, Preparation]:
+        def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
+            if result.preparation is not None and result.preparation.network is not None:
+                self._first_weights(None, result.preparation.network)  # what cannot be built is refused, by name
+            return {}
+
         prepared = {}
-        for site, result in self._everyone(Kind.PREPARE, plan=plan).answers.items():
+        for site, result in self._everyone(Kind.PREPARE, plan=plan, accept=accept).answers.items():
             answer = result.preparation
             if answer is None or set(answer.training_cases) != set(self.study.folds):
                 raise FednnunetError(Code.RESULT_REFUSED, f"{site} declared its cases for other folds")
@@ -397,12 +418,15 @@ class Conductor:
                 "validation": result.validation.model_dump(mode="json") if result.validation else None,
             }
 
-        self._enter(Kind.VALIDATE, errand)
-        outcome = self._exchange.ask(
-            self.study.sites, errand, accept, needed=self.study.needed, deadline=self.study.round_deadline
-        )
-        if len(outcome.answers) < self.study.needed:
-            raise FednnunetError(Code.QUORUM_NOT_MET, f"validation of fold {fold}: {_who(outcome)}")
+        outcome = self._closed(Kind.VALIDATE, fold, errand)
+        if outcome is None:
+            self._enter(Kind.VALIDATE, errand)
+            outcome = self._exchange.ask(
+                self.study.sites, errand, accept, needed=self.study.needed, deadline=self.study.round_deadline
+            )
+            if len(outcome.answers) < self.study.needed:
+                raise FednnunetError(Code.QUORUM_NOT_MET, f"validation of fold {fold}: {_who(outcome)}")
+            self._close(Kind.VALIDATE, fold, outcome)
         scores = {site: result.validation for site, result in sorted(outcome.answers.items()) if result.validation}
         return Scored(scores, outcome.missing)
 

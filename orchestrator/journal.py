@@ -50,6 +50,7 @@ class State:
     answered: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     closed: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    steps: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     weights: dict[str, tuple[int, str]] = field(default_factory=dict)
     holds: dict[str, str] = field(default_factory=dict)
     pooled: str | None = None
@@ -82,6 +83,8 @@ class State:
                 self.layers = line
             case "closed":
                 self.closed[line["fold"], line["round"]] = line
+            case "step":
+                self.steps[line["kind"], line["fold"] or ""] = line["missing"]
             case "weights":
                 self.weights[line["fold"]] = (line["round"], line["digest"])
             case "exported":

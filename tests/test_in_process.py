@@ -75,3 +75,19 @@ def test_without_the_quorum_the_study_fails(federation: Federation) -> None:
         federation.run(study, lambda site, task: site == "hospital_c" and task.kind is Kind.TRAIN)
     assert caught.value.code is Code.QUORUM_NOT_MET
     assert federation.journal_lines(study)[-1]["event"] != "done"
+
+
+def test_a_step_that_ended_without_a_site_is_not_asked_for_again(federation: Federation) -> None:
+    """A coordinator that starts again would otherwise wait a whole deadline for it, for each fold that is done."""
+    study = parse(phantom_study(SITES, iterations_per_epoch=1, rounds=1, quorum=2, seed=5))
+
+    def silent(site: str, task: Task) -> bool:
+        return site == SITES[0] and task.kind in (Kind.VALIDATE, Kind.FINISH)
+
+    outcome = federation.run(study, silent)
+    asked = len(outcome.events("asked"))
+    assert set(outcome.exported["validation"]["all"]["missing"]) == {SITES[0]}
+    assert set(outcome.exported["unfinished"]) == {SITES[0]}
+    again = federation.run(study)
+    assert len(again.events("asked")) == asked
+    assert set(again.exported["unfinished"]) == {SITES[0]}

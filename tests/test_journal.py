@@ -215,8 +215,9 @@ def test_an_answer_whose_weights_were_freed_is_done_again(spool: Spool) -> None:
     header = tasks.Weights(encoding="full", file_sha256="ab" * 32, nbytes=7, digest="ab" * 32)
     spool.put_task(task, incoming(spool))
     spool.put_result(task, Result.answering(task, weights=header), incoming(spool))
-    assert spool.result_parcel(task).weights is not None
-    spool.forget(task)
+    freed = spool.result_parcel(task).weights
+    assert freed is not None
+    freed.unlink()
     spool.put_task(task, incoming(spool))
     assert spool.waiting() == [task]
     assert (spool.task_parcel(task).folder / WEIGHTS).exists()

@@ -224,10 +224,10 @@ def test_weights_arrive_as_they_were_sent_and_the_ledger_says_what_left(line: Li
             plans_sha256="ab" * 32,
             cases=1,
             epochs=1,
-            learning_rate=[],
-            train_loss=[],
-            val_loss=[],
-            pseudo_dice=[],
+            learning_rate=[0.01],
+            train_loss=[1.0],
+            val_loss=[1.0],
+            pseudo_dice=[[None]],
             seconds={},
         )
         return Result.answering(given, training=training, weights=header), tmp_path / "update"

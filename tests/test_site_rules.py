@@ -14,7 +14,7 @@ from worker_site import Site, initial_weights, make_study, prepared_site
 
 from appliance.worker.training import ProximalPull
 from federation import files, tasks, weights
-from federation.errors import Code
+from federation.errors import Code, FednnunetError
 from federation.layers import kept_local
 from federation.weights import TensorFile
 
@@ -164,6 +164,35 @@ def test_an_orchestrator_that_sends_layers_which_stay_is_refused(tmp_path: Path)
     result = site.ask(site.task(TRAIN, 1), initial_weights())
     assert result.failure is not None
     assert [problem.code for problem in result.failure.problems] == [Code.WEIGHTS_DO_NOT_FIT.number]
+
+
+def test_finish_whose_answer_could_not_be_written_is_done_again_with_the_sites_own_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.worker.loop.PAUSE", 0.0)
+    site = prepared_site(tmp_path, keep_local=["norm"])
+    shared = without(initial_weights(), local_of(site, ["norm"]), tmp_path / "sent")
+    round_of(site, 1, shared)
+    task = site.task(tasks.Kind.FINISH)
+    site.put(task, shared)
+
+    def full(*_: object) -> None:
+        raise FednnunetError(Code.DISK_FULL, "simulated")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.worker.spool, "put_result", full)
+        site.worker.handle(task)
+    (checkpoint,) = site.settings.work.rglob("checkpoint_final.pth")
+    before = torch.load(checkpoint, weights_only=True)["network_weights"]
+    site.restart()
+    (waiting,) = site.spool.waiting()
+    assert site.worker.handle(waiting)
+    result = site.spool.result(task)
+    assert result is not None
+    assert result.failure is None
+    after = torch.load(checkpoint, weights_only=True)["network_weights"]
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not list(site.settings.work.rglob("after-*.pt")), "the state goes once the answer is there"
 
 
 # momentum

@@ -191,6 +191,16 @@ def trained(task: Task) -> Result:
     return Result.answering(task, training=report)
 
 
+@pytest.mark.parametrize(
+    "change", [{"train_loss": []}, {"pseudo_dice": [[0.5], [0.5]]}, {"learning_rate": [float("nan")]}]
+)
+def test_a_malformed_report_is_refused_when_it_is_read(change: dict[str, Any]) -> None:
+    """Once in the journal it would end the study when the curves are drawn, after all rounds."""
+    report = json.loads(trained(a_task(Kind.TRAIN)).model_dump_json())
+    report["training"].update(change)
+    refused(Code.ENVELOPE_INVALID, lambda: tasks.parse_result(json.dumps(report)))
+
+
 def test_a_round_that_was_kept_back_is_refused_once_a_later_one_was_seen(house: House) -> None:
     house.answering = trained
     kept_back = signed(a_task(Kind.TRAIN, round=1))

@@ -33,7 +33,7 @@ from federation.flower import clients
 from federation.flower.bundle import bundle_hash
 from federation.flower.runner import Answer, Asked, Stop, serve_tasks
 from federation.flower.transfer import file_array
-from federation.tasks import Kind, Task
+from federation.tasks import Task
 
 log = logging.getLogger("fednnunet.link")
 
@@ -95,6 +95,7 @@ class Link:
                 timer.start()
                 self._cancelling[task.study.id + task.key] = timer
                 raise FednnunetError(Code.CANCELLED, f"the run ended during {task.key}")
+        self._policy().check_task(task, self._approvals.meet(task.study))
         self._policy().check_answer(result)
         parcel = self._spool.result_parcel(task)
         self._ledger.leaving(result, parcel.body, parcel.weights)
@@ -120,8 +121,9 @@ class Link:
     def _forget_earlier(self, task: Task) -> None:
         """A new task of a fold means that the round before it is recorded at the orchestrator: free its weights."""
         if task.fold is not None:
-            before = task.study.rounds if task.round is None else task.round - 1
-            self._spool.forget(task.model_copy(update={"kind": Kind.TRAIN, "round": before}))
+            self._spool.forget_rounds(
+                task.study.id, task.fold, task.study.rounds + 1 if task.round is None else task.round
+            )
 
 
 def runner_secret(settings: Settings) -> Path:

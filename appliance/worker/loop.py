@@ -144,13 +144,25 @@ class Worker:
             result, update = tasks.Result.answering(task, failure=self._failure(error, task)), None
         try:
             self.spool.put_result(task, result, update)
-            if result.failure is None and (sent := self.spool.task_parcel(task).weights) is not None:
-                sent.unlink(missing_ok=True)  # answered: nobody asks for these weights again
+            if result.failure is None:
+                self._forget_what_no_task_needs(task)
         except FednnunetError as error:
             self._report(error, task)
             self.stop.wait(PAUSE)
         self.status.task(None, "waiting")
         return usable
+
+    def _forget_what_no_task_needs(self, task: tasks.Task) -> None:
+        """After an answer lies in the outbox: its weights, and after Finish the state of the fold.
+
+        Not before: Finish that is cut short is done again, and needs the layers that are this site's own.
+        """
+        if (sent := self.spool.task_parcel(task).weights) is not None:
+            sent.unlink(missing_ok=True)
+        if task.kind is tasks.Kind.FINISH and task.fold is not None:
+            workspace = Workspace(self.settings.work, task.study)
+            for folder in (workspace.state(task.fold), workspace.globals(task.fold)):
+                shutil.rmtree(folder, ignore_errors=True)
 
     # the tasks
 
@@ -242,8 +254,6 @@ class Worker:
         trainer = self._at_the_end(task, fold, workspace, control)
         validation.finish(trainer, global_weights, control)
         self._close()
-        for folder in (workspace.state(fold), workspace.globals(fold)):
-            shutil.rmtree(folder, ignore_errors=True)
         return tasks.Result.answering(task, finished=tasks.Finished(model_sha256=digest))
 
     # the trainer

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -189,7 +190,7 @@ class StudyView:
         for name, site in self.sites.items():
             table.add_row(
                 name,
-                doing(name) or site.state,
+                Text(doing(name) or site.state),
                 _mean([site.train_loss]),
                 _mean([site.pseudo_dice]),
                 size(site.sent),
@@ -270,7 +271,7 @@ def watch(
             for line in tail.lines():
                 text = view.take(line)
                 if text and live is None:
-                    console.print(text, soft_wrap=True, highlight=False)
+                    console.print(text, soft_wrap=True, highlight=False, markup=False)
                 if line["event"] == "layers" and not view.study.one_model:
                     console.print(layers_table(read_layers(tail.path.parent)))
             if live is not None:
@@ -313,9 +314,9 @@ def print_end(console: Console, view: StudyView, folder: Path) -> None:
     for fold, entry in view.exported["validation"].items():
         console.print(scores_table(view.study, fold, entry["sites"]))
         for site, why in entry["missing"].items():
-            console.print(f"[yellow]not scored:[/yellow] {site}: {why}")
+            console.print(f"[yellow]not scored:[/yellow] {site}: {escape(why)}")
     for site, why in view.exported["unfinished"].items():
-        console.print(f"[yellow]without the final model:[/yellow] {site}: {why}")
+        console.print(f"[yellow]without the final model:[/yellow] {site}: {escape(why)}")
     archive = folder / view.exported["path"]
     if not view.study.one_model:
         console.print("each site has a model of its own, in its state folder below worker/*/nnUNet_results")

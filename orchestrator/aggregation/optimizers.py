@@ -21,7 +21,7 @@ Rules:
 
 - Running statistics of batch normalisation are observed, not learned: their next value is the weighted mean. Flower
   steps along them too, which can make a variance negative.
-- Means, steps and moments are one pass: every file is read once. The arithmetic is float64; what is kept is float32.
+- Means, steps and moments are one pass: every file is read once. Means and steps are float64; moments are float32.
 - The state file is written whole or not at all, after the store. The same inputs give the same bytes of both, so a
   round that broke off is computed again from `base` and `before`.
 """
