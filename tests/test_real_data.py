@@ -163,6 +163,7 @@ THRESHOLDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["lungs", "hippocampus"])
 def test_the_global_model_segments_labelsts_of_every_site_and_an_untrained_one_does_not(
     name: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -175,13 +175,14 @@ def test_finish_whose_answer_could_not_be_written_is_done_again_with_the_sites_o
     round_of(site, 1, shared)
     task = site.task(tasks.Kind.FINISH)
     site.put(task, shared)
+    (waiting,) = site.spool.waiting()
 
     def full(*_: object) -> None:
         raise FednnunetError(Code.DISK_FULL, "simulated")
 
     with monkeypatch.context() as patch:
         patch.setattr(site.worker.spool, "put_result", full)
-        site.worker.handle(task)
+        site.worker.handle(waiting)
     (checkpoint,) = site.settings.work.rglob("checkpoint_final.pth")
     before = torch.load(checkpoint, weights_only=True)["network_weights"]
     site.restart()
