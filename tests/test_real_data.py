@@ -27,7 +27,7 @@ from federation.study import Study, parse
 from orchestrator import model
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SMALL = {"planner": "SmallUNetPlanner", "validation_iterations_per_epoch": 1, "round_deadline": 300}
 LUNG = {
@@ -163,7 +163,6 @@ THRESHOLDS = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["lungs", "hippocampus"])
 def test_the_global_model_segments_labelsts_of_every_site_and_an_untrained_one_does_not(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
