@@ -83,7 +83,7 @@ def check_plans(plans: Mapping[str, Any], study: Study) -> None:
                     raise _refused(key, value)
     for entry in configurations.values():
         for stage in (entry.get("previous_stage"), entry.get("next_stage"), entry.get("inherits_from")):
-            if stage is not None and stage not in configurations:  # they become parts of paths
+            if stage is not None and not (isinstance(stage, str) and stage in configurations):  # parts of paths
                 raise _refused("stage", stage)
         _check_size(entry)
         if "architecture" in entry:
@@ -108,7 +108,7 @@ def _check_size(entry: Mapping[str, Any]) -> None:
 def _check_network(network: object) -> None:
     if not isinstance(network, Mapping) or set(network) != {"network_class_name", "arch_kwargs", "_kw_requires_import"}:
         raise _refused("architecture", network)
-    if network["network_class_name"] not in NETWORKS:
+    if str(network["network_class_name"]) not in NETWORKS:
         raise _refused("network", network["network_class_name"])
     required, arguments = network["_kw_requires_import"], network["arch_kwargs"]
     if not isinstance(required, list | tuple) or not set(map(str, required)) <= set(OPERATIONS):
