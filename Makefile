@@ -18,7 +18,7 @@ help: ## show this list
 demo: $(READY) ## three phantom hospitals train one model on this machine (under 4 minutes on 2 cores)
 	@$(BIN)/fednnunet simulate demo
 
-test: $(READY) ## unit tests and whole federations on this machine (under 15 minutes on 2 cores)
+test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not containers and not charts and not benchmark" \
 	    --durations=10 $(PYTEST_ARGS)
 
