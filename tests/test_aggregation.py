@@ -445,6 +445,7 @@ def test_a_good_update_is_admitted_with_its_distance(tmp_path: Path) -> None:
     assert admitted.norm == pytest.approx(0.01 * math.sqrt(sum(math.prod(s) for s in SHAPES.values())), rel=1e-3)
 
 
+LISTS = ("learning_rate", "train_loss", "val_loss")
 NAN = np.full((5,), np.nan, np.float32)
 
 
@@ -463,7 +464,7 @@ NAN = np.full((5,), np.nan, np.float32)
         (perturbed(), {"cases": 13}, "declared"),
         (perturbed(), {"cases": 10**12}, "declared"),
         (perturbed(), {"plans_sha256": "cd" * 32}, "other plans"),
-        (perturbed(), {"epochs": 2}, "epochs"),
+        (perturbed(), {"epochs": 2, **{key: [0.1, 0.1] for key in LISTS}, "pseudo_dice": [[0.5], [0.5]]}, "epochs"),
     ],
 )
 def test_an_update_that_may_not_count_is_refused_with_its_reason(
