@@ -8,9 +8,19 @@ READY := $(VENV)/ready
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUTF8=1
 PACKAGES := federation appliance orchestrator
 PYTEST_ARGS ?=
+# Images: BASE=docker pulls a slim Python, BASE=debian makes one from Debian's packages where no registry is reached.
+DOCKER ?= docker
+TORCH ?= cpu
+BASE ?= docker
+BASE_IMAGE ?= fednnunet/base:bookworm
+TOOLS_IMAGE ?= fednnunet/tools:bookworm
+SOURCE ?= unknown
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+export DOCKER BASE_IMAGE TOOLS_IMAGE SOURCE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint format benchmark docs clean distclean
+.PHONY: help demo test test-long test-containers test-fresh lint format benchmark docs lock base-image wheelhouse image \
+    image-sizes clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +34,12 @@ test: $(READY) ## unit tests and whole federations on this machine (about 15 min
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m long --durations=10 $(PYTEST_ARGS)
+
+test-containers: $(READY) image ## real images, compose federations and bundles (needs a running Docker engine)
+	@$(BIN)/python -m pytest -m containers --durations=10 $(PYTEST_ARGS)
+
+test-fresh: ## the README's two commands, by an ordinary user in a bare Debian container (half an hour; needs a Docker engine)
+	@images/fresh.sh
 
 lint: $(READY) ## ruff, mypy --strict and the layer rules
 	$(BIN)/ruff check .
@@ -39,6 +55,29 @@ benchmark: $(READY) ## measure fingerprint, wire, aggregation and rounds (minute
 	@for file in $(or $(BENCHMARKS),$(sort $(wildcard benchmarks/[a-z]*.py))); do \
 	    echo "== $$file"; $(ONE_THREAD) $(BIN)/python $$file || exit 1; \
 	done
+
+lock: $(READY) ## choose anew what the images install (images/*.lock)
+	@$(BIN)/python images/lock.py
+
+base-image: ## the images' base: from a slim Python, or with BASE=debian from Debian's packages
+ifeq ($(BASE),debian)
+	@$(DOCKER) image inspect $(BASE_IMAGE) >/dev/null 2>&1 || images/base.sh $(BASE_IMAGE)
+	@$(DOCKER) image inspect $(TOOLS_IMAGE) >/dev/null 2>&1 || images/base.sh $(TOOLS_IMAGE) binutils
+else
+	@DOCKER_BUILDKIT=1 $(DOCKER) build -f images/base.Dockerfile --target base -t $(BASE_IMAGE) images
+	@DOCKER_BUILDKIT=1 $(DOCKER) build -f images/base.Dockerfile --target tools -t $(TOOLS_IMAGE) images
+endif
+
+wheelhouse: $(READY) ## collect what the images install into build/wheels (TORCH=cpu|cuda)
+	@PYTHON=$(BIN)/python images/wheelhouse.sh cpu
+	@test $(TORCH) = cpu || PYTHON=$(BIN)/python images/wheelhouse.sh $(TORCH)
+
+image: base-image wheelhouse ## build both images, with no network (TORCH=cuda: the appliance for NVIDIA GPUs)
+	@images/build.sh appliance $(TORCH)
+	@images/build.sh orchestrator cpu
+
+image-sizes: $(READY) ## where the images' bytes are; the CUDA image's from its wheels' metadata
+	@$(BIN)/python images/sizes.py
 
 docs: $(READY) ## write docs/reference anew from the code
 	@$(BIN)/python docs/generate.py

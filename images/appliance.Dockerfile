@@ -2,9 +2,10 @@
 # Four layers over the base, the one that changes most often last: torch, libraries, the user, this project. A new
 # version of this project changes the last one alone, and `fednnunet image save --since` sends just that.
 ARG BASE_IMAGE=fednnunet/base:bookworm
+ARG TOOLS_IMAGE=fednnunet/tools:bookworm
 
 # hadolint ignore=DL3006
-FROM ${BASE_IMAGE} AS tools
+FROM ${TOOLS_IMAGE} AS tools
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN python3 -m venv /opt/fednnunet
 COPY images/install.sh /opt/install.sh
@@ -28,8 +29,8 @@ FROM ${BASE_IMAGE}
 ARG TORCH=cpu
 RUN echo 'fednnunet:x:10001:' >>/etc/group \
  && echo 'fednnunet:x:10001:10001::/state:/usr/sbin/nologin' >>/etc/passwd \
- && mkdir /config /data /state \
- && chown 10001:10001 /config /state
+ && mkdir -p /config /data /state/spool \
+ && chown -R 10001:10001 /config /state
 COPY --from=torch /opt/torch /opt/torch
 COPY --from=libraries /opt/libraries /opt/libraries
 COPY --from=project /opt/fednnunet /opt/fednnunet

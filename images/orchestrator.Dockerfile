@@ -2,9 +2,10 @@
 # Four layers over the base, the one that changes most often last: torch, libraries, the user, this project. A new
 # version of this project changes the last one alone, and `fednnunet image save --since` sends just that.
 ARG BASE_IMAGE=fednnunet/base:bookworm
+ARG TOOLS_IMAGE=fednnunet/tools:bookworm
 
 # hadolint ignore=DL3006
-FROM ${BASE_IMAGE} AS tools
+FROM ${TOOLS_IMAGE} AS tools
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN python3 -m venv /opt/fednnunet
 COPY images/install.sh /opt/install.sh
@@ -14,10 +15,12 @@ ARG TORCH=cpu
 RUN --mount=type=bind,source=build/wheels,target=/wheels \
     /opt/install.sh /opt/torch "/wheels/${TORCH}/torch"
 
+# Reading images, splitting cases and postprocessing are the hospitals' work.
 FROM tools AS libraries
 ARG TORCH=cpu
 RUN --mount=type=bind,source=build/wheels,target=/wheels \
-    /opt/install.sh /opt/libraries "/wheels/${TORCH}/libraries"
+    /opt/install.sh /opt/libraries "/wheels/${TORCH}/libraries" \
+        connected_components_3d imagecodecs joblib scikit_learn
 
 FROM tools AS project
 RUN --mount=type=bind,source=build/wheels,target=/wheels \
@@ -28,8 +31,8 @@ FROM ${BASE_IMAGE}
 ARG TORCH=cpu
 RUN echo 'fednnunet:x:10001:' >>/etc/group \
  && echo 'fednnunet:x:10001:10001::/state:/usr/sbin/nologin' >>/etc/passwd \
- && mkdir /state \
- && chown 10001:10001 /state
+ && mkdir /config /state \
+ && chown 10001:10001 /config /state
 COPY --from=torch /opt/torch /opt/torch
 COPY --from=libraries /opt/libraries /opt/libraries
 COPY --from=project /opt/fednnunet /opt/fednnunet

@@ -491,26 +491,33 @@ def demo(
     """Make three phantom hospitals (synthetic images) and run a whole study on them, on the CPU."""
     _need_everything()
     from federation.study import parse
-    from orchestrator.admin.phantom import make_phantom_sites
+    from orchestrator.admin.phantom import make_phantom_sites, phantom_study
     from orchestrator.admin.simulate import SiteOptions, simulate
 
     sites = make_phantom_sites(state / "hospitals")
-    study = parse(
-        {
-            "name": "demo",
-            "dataset": "Dataset300_PhantomFederation",
-            "sites": sorted(sites),
-            "channel_names": {"0": "synthetic"},
-            "labels": {"background": 0, "organ": 1, "lesion": 2},
-            "planner": "SmallUNetPlanner",
-            "fold": "all",
-            "rounds": rounds,
-            "iterations_per_epoch": iterations,
-            "validation_iterations_per_epoch": 4,
-            "round_deadline": 600,
-        },
-        "the demo's study",
-    )
+    study = parse(phantom_study(sites, rounds, iterations), "the demo's study")
     console = _console()
     console.print(f"three phantom hospitals (synthetic images) in {state / 'hospitals'}", soft_wrap=True)
     simulate(study, state / "federation", sites, SiteOptions.for_device("cpu", len(sites)), console)
+
+
+@app.command("phantoms")
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="Where to write DATASET for each hospital, and study.yaml.")],
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of training in study.yaml.")] = 8,
+    iterations: Annotated[int, typer.Option("--iterations", help="Iterations in a round in study.yaml.")] = 25,
+) -> None:
+    """Write the demo's three phantom hospitals (synthetic images) and a study of them; start nothing."""
+    import yaml
+
+    from federation import files
+    from federation.console import require
+    from orchestrator.admin.phantom import make_phantom_sites, phantom_study
+
+    require("orchestrator", "numpy", "SimpleITK")
+    sites = make_phantom_sites(folder)
+    text = yaml.safe_dump(phantom_study(sites, rounds, iterations), sort_keys=False)
+    files.write_bytes(folder / "study.yaml", text.encode())
+    for name, dataset in sites.items():
+        typer.echo(f"{name}: {dataset}")
+    typer.echo(f"study: {folder / 'study.yaml'}")
