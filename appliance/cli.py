@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from appliance import enroll_commands, ledger_commands, study_commands
-from federation import console, processes
+from appliance import config_commands, enroll_commands, ledger_commands, study_commands
+from federation import console, logs, processes
 
 app = typer.Typer(
     help="Run a hospital's part of a federation: supernode, link and worker.",
@@ -26,6 +27,13 @@ class Role(StrEnum):
     ALL = "all"
     LINK = "link"
     WORKER = "worker"
+
+
+class LogFormat(StrEnum):
+    """What is printed."""
+
+    RICH = "rich"
+    JSON = "json"
 
 
 Config = Annotated[Path, typer.Option(help="The site's settings.", envvar="FEDNNUNET_CONFIG")]
@@ -63,22 +71,47 @@ def init(
 @app.command()
 def start(
     config: Config = Path("/config/site.toml"),
-    role: Annotated[Role, typer.Option(help="all: one process tree. link, worker: the two halves.")] = Role.ALL,
+    role: Annotated[
+        Role,
+        typer.Option(help="all: one process tree. link, worker: the two halves.", envvar="FEDNNUNET_ROLE"),
+    ] = Role.ALL,
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="Lines for people, or one line of JSON for each event.")
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="Show here what the processes log; it lies in state/logs too.")] = True,
     end_with_parent: Annotated[bool, typer.Option(hidden=True, help="End when the starting process ends.")] = False,
 ) -> None:
     """Start the processes and keep them alive until Ctrl-C or SIGTERM."""
     from appliance import settings, supervisor
 
+    logs.errors_as(log_format.value if log_format else os.environ.get("FEDNNUNET_LOG_FORMAT", ""))
     console.require("appliance", "flwr", "nnunetv2", "torch")
     if end_with_parent:
         processes.end_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    loaded = settings.load(config)
-    typer.echo(f"{loaded.name}: dials {loaded.orchestrator}, data {loaded.data}, logs {loaded.state / 'logs'}")
-    supervisor.run(loaded, config.resolve() if config.exists() else None, role.value)
+    loaded = settings.load(config, log_format=log_format.value if log_format else None)
+    logs.errors_as(loaded.log_format)
+    screen = logs.Screen(loaded.log_format)
+    logs.show_on(screen)
+    logging.getLogger("fednnunet.appliance").info(
+        "%s dials %s, data %s, logs %s", loaded.name, loaded.orchestrator, loaded.data, loaded.state / "logs"
+    )
+    here = config.resolve() if config.exists() else None
+    supervisor.run(loaded, here, role.value, screen.show if follow else None)
+
+
+@app.command()
+def health(config: Config = Path("/config/site.toml")) -> None:
+    """Say how the processes are, TAB between: name, pid, restarts, since. Exit status 17 when not all of them run."""
+    from appliance import settings
+    from federation.health import ask, table
+
+    state = settings.load(config).state
+    for line in table(ask([state / f"role-{role.value}" for role in Role])):
+        typer.echo(line)
 
 
 app.add_typer(ledger_commands.app, name="ledger")
+app.add_typer(config_commands.app, name="config")
 enroll_commands.register(app)
 study_commands.register(app)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +22,7 @@ from federation.errors import Code, FednnunetError
 from federation.study import SITE_NAME
 
 PREFIX = "FEDNNUNET_"
+PATHS = ("data", "state", "ca_certificate", "site_key", "coordinator_key", "policy")
 
 
 class Settings(BaseModel):
@@ -58,6 +60,14 @@ class Settings(BaseModel):
         0, ge=0, le=65535, description="Loopback port between supernode and link; 0: any that is free."
     )
     poll: float = Field(0.5, gt=0, le=10, description="Seconds between two looks for a new task.")
+    log_format: Literal["rich", "json"] = Field(
+        "rich", description="What `appliance start` prints: lines for people, or one line of JSON for each event."
+    )
+    strict_mounts: bool = Field(
+        False,
+        description="Refuse to start as root, with data that could be written, or with a small /dev/shm. The "
+        "image sets it.",
+    )
 
     @property
     def spool(self) -> Path:
@@ -70,30 +80,59 @@ class Settings(BaseModel):
         return self.state / "worker"
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, and where each came from.
+
+    Attributes
+    ----------
+    settings : Settings
+        The effective settings.
+    sources : dict
+        For each setting `default`, the path of the file, the name of the variable, or `command line`.
+    """
+
+    settings: Settings
+    sources: dict[str, str]
+
+
 def load(file: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
-    """Settings from a TOML file, the environment and the command line, in rising order; raises FNU-112."""
+    """Settings from a TOML file, the environment and the command line, in rising order; raises FNU-112 or FNU-131."""
+    return resolve(file, environment, **overrides).settings
+
+
+def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any) -> Resolved:
+    """What `load` returns, with where each setting came from.
+
+    An empty variable stands for "empty" where a setting may be empty, and for nothing elsewhere.
+    """
     values: dict[str, Any] = {}
-    if file is not None and file.exists():
+    sources = dict.fromkeys(Settings.model_fields, "default")
+    found = file is not None and file.exists()
+    if file is not None and found:
         try:
             values.update(tomllib.loads(file.read_text(encoding="utf-8")))
+        except PermissionError as error:
+            raise FednnunetError(Code.MOUNT_UNREADABLE, f"{file}: uid {os.geteuid()} may not read it") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise FednnunetError(Code.SETTINGS_INVALID, f"{file}: {error}") from error
-        for key in (
-            "data",
-            "state",
-            "ca_certificate",
-            "site_key",
-            "coordinator_key",
-            "policy",
-        ):  # relative to the file they stand in
+        sources.update(dict.fromkeys(values, str(file)))
+        for key in PATHS:  # relative to the file they stand in
             if isinstance(values.get(key), str):
                 values[key] = file.parent / values[key]
-    for key in Settings.model_fields:
-        if (value := environment.get(PREFIX + key.upper())) is not None:
-            values[key] = value
-    values.update({key: value for key, value in overrides.items() if value is not None})
+    for key, field in Settings.model_fields.items():
+        value = environment.get(PREFIX + key.upper())
+        if value == "" and field.default is not None:
+            continue
+        if value is not None:
+            values[key], sources[key] = value or None, PREFIX + key.upper()
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values.update(given)
+    sources.update(dict.fromkeys(given, "command line"))
+    if file is not None and not found and not {"name", "orchestrator"} <= set(values):
+        raise FednnunetError(Code.CONFIG_MISSING, str(file))
     try:
-        return Settings.model_validate(values)
+        return Resolved(Settings.model_validate(values), sources)
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()

@@ -6,17 +6,15 @@ site starts `--role link` and `--role worker` as two containers that share the s
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Literal
 
-from appliance.link import policy
+from appliance import start_checks
 from appliance.settings import Settings
-from federation import signing
-from federation.errors import Code, FednnunetError
-from federation.processes import LEAN, Child, Lock, Supervisor, check_port, check_room, free_port, stop_on_signals
-
-Role = Literal["all", "link", "worker"]
+from appliance.start_checks import Role
+from federation.logs import Shown
+from federation.processes import LEAN, Child, Lock, Supervisor, free_port, own_folders, stop_on_signals
 
 
 def children(settings: Settings, config: Path | None, role: Role) -> list[Child]:
@@ -34,35 +32,14 @@ def children(settings: Settings, config: Path | None, role: Role) -> list[Child]
     return found
 
 
-def check(settings: Settings, role: Role) -> None:
-    """Raise a numbered error for what would make the start fail: missing files, a read-only state, a taken port."""
-    if role in ("all", "link"):
-        for path, what in (
-            (settings.ca_certificate, "ca_certificate"),
-            (settings.coordinator_key, "coordinator_key"),
-            (settings.site_key, "site_key"),
-        ):
-            if not path.is_file():
-                raise FednnunetError(
-                    Code.STATE_NOT_READY,
-                    f"{what} {path} is missing",
-                    "Run `appliance enroll` with the coordinator's invitation.",
-                )
-        signing.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))
-        policy.load(settings.policy)
-        if settings.supernode_port:
-            check_port("127.0.0.1", settings.supernode_port)
-    if role in ("all", "worker") and not settings.data.is_dir():
-        raise FednnunetError(Code.DATASET_JSON_MISSING, f"data {settings.data} is not a folder")
-    check_room(settings.state)
-
-
-def run(settings: Settings, config: Path | None, role: Role) -> None:
+def run(settings: Settings, config: Path | None, role: Role, shown: Shown | None = None) -> None:
     """Check, start, keep alive until SIGTERM or SIGINT; raises FNU-703 when a process cannot be kept alive."""
     stopped = stop_on_signals()
-    lock = Lock(settings.state / f"role-{role}")
+    start_checks.check(settings, role)
+    folder = settings.state / f"role-{role}"
+    lock = Lock(folder)
     try:
-        check(settings, role)
-        Supervisor(children(settings, config, role)).run(stopped)
+        os.environ.update(own_folders(settings.state))
+        Supervisor(children(settings, config, role), status=folder, shown=shown).run(stopped)
     finally:
         lock.release()

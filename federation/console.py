@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from federation import logs
 from federation.errors import Code, FednnunetError
 from federation.files import disk_error
 
@@ -16,7 +17,10 @@ _ADVICE = "What to do: "
 
 
 def show(error: FednnunetError) -> None:
-    """Print an error: number and title, what was found, what to do."""
+    """Print an error on stderr: number and title, what was found, what to do; or a line of JSON (federation.logs)."""
+    if (line := logs.error_line(error.code.number, error.code.title, error.found, error.advice)) is not None:
+        print(line, file=sys.stderr, flush=True)
+        return
     from rich.console import Console
     from rich.text import Text
 

@@ -106,6 +106,11 @@ class Code(Enum):
         "No study, or several, with this name or id",
         "`appliance studies` lists those asked for here.",
     )
+    CONFIG_MISSING = (
+        131,
+        "There is no site.toml",
+        "Mount the folder that `appliance enroll` wrote (-v CONFIG:/config:ro), or name the file with --config.",
+    )
 
     SITE_UNKNOWN = (123, "No such site takes part", "`fednnunet site list` names those that do.")
     SITE_TAKEN = (
@@ -395,6 +400,7 @@ class Code(Enum):
     CHECK_TIMED_OUT = (719, "A check did not end in time", "Look for a mount or a device that hangs; then ask again.")
     RUNS_AS_ROOT = (720, "The appliance runs as root", "Run it as an ordinary user.")
     MOUNT_UNREADABLE = (721, "A mount cannot be read", "Let the appliance's user read it.")
+    NOT_RUNNING = (722, "Not all processes run", "Look at the log; the supervisor starts again what has ended.")
 
     @property
     def number(self) -> int:

@@ -6,6 +6,10 @@ Rules:
 - A child that dies is started again after a pause that grows; one that dies at once, again and again, is FNU-703, or
   the numbered error that it printed last.
 - The children end with their parent, also when the parent is killed: each asks the kernel for it (`end_with_parent`).
+- A supervisor says how its children are in `status.json` beside its lock, and that it still looks by the file's time;
+  `federation.health` reads that. It shows what they log, where it has a screen.
+- Their caches lie below the state too, and their temporary files where there is no other place: nothing else of a
+  container can be written.
 - One folder, one owner: a lock file, held for as long as the process lives, keeps a second one out (FNU-705).
 """
 
@@ -27,9 +31,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from federation import console
+from federation import console, files
 from federation.errors import Code, FednnunetError
 from federation.files import disk_errors
+from federation.logs import Follower, Shown
 
 log = logging.getLogger("fednnunet.processes")
 
@@ -38,6 +43,8 @@ QUICK = 5.0  # seconds: a life shorter than this is a failed start
 QUICK_DEATHS = 6
 ROOM = 2**20  # bytes: a disk with less is full: databases and logs cannot be kept
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+HEARTBEAT = 5.0  # seconds between two signs of life of a supervisor
+STATUS = "status.json"
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
@@ -146,6 +153,8 @@ class Child:
     started: float = 0.0
     next_start: float = 0.0
     quick_deaths: int = 0
+    starts: int = 0
+    since: float = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -165,6 +174,8 @@ class Child:
                 start_new_session=True,
             )
         self.started = time.monotonic()
+        self.since = time.time()
+        self.starts += 1
 
     def signal(self, number: int) -> None:
         """Send a signal to it, or with SIGKILL to all of its session."""
@@ -196,10 +207,19 @@ class Supervisor:
         In the order of their start; ended in the opposite order.
     grace : float
         Seconds between SIGTERM and SIGKILL; more where the children are supervisors themselves.
+    status : Path, optional
+        Folder of the lock: where `status.json` is kept.
+    shown : callable, optional
+        Takes each event of the children's logs.
     """
 
-    def __init__(self, children: Sequence[Child], grace: float = GRACE) -> None:
+    def __init__(
+        self, children: Sequence[Child], grace: float = GRACE, status: Path | None = None, shown: Shown | None = None
+    ) -> None:
         self.children, self._grace = list(children), grace
+        self._status, self._told, self._beat = status, b"", 0.0
+        self._shown = shown
+        self._followers = [Follower(child.log, child.name) for child in self.children] if shown else []
 
     def start(self) -> None:
         """Start every child."""
@@ -239,9 +259,37 @@ class Supervisor:
             self.start()
             while not stopped():
                 self.look()
+                self._tell()
+                self._follow()
                 time.sleep(every)
         finally:
             self.stop()
+            self._follow(last=True)
+
+    def _tell(self) -> None:
+        """Write how the children are when that has changed; else leave a sign of life."""
+        if self._status is None:
+            return
+        states = [
+            {"name": child.name, "pid": child.pid, "restarts": max(0, child.starts - 1), "since": round(child.since, 1)}
+            for child in self.children
+        ]
+        told, path = files.canonical_json({"pid": os.getpid(), "processes": states}), self._status / STATUS
+        now = time.monotonic()
+        with contextlib.suppress(OSError, FednnunetError):  # a full disk shows where it matters
+            if told != self._told:
+                files.write_bytes(path, told)
+                self._told, self._beat = told, now
+            elif now - self._beat >= HEARTBEAT:
+                os.utime(path)
+                self._beat = now
+
+    def _follow(self, last: bool = False) -> None:
+        if self._shown is None:
+            return
+        for follower in self._followers:
+            for event in follower.read(last):
+                self._shown(event)
 
     def stop(self) -> None:
         """SIGTERM to every child, last first, and SIGKILL to what is left of their sessions after the grace."""
@@ -255,6 +303,29 @@ class Supervisor:
                     child.process.wait(max(0.0, end - time.monotonic()))
                 child.signal(signal.SIGKILL)
                 child.process.wait()
+
+
+def own_folders(state: Path) -> dict[str, str]:
+    """Make `state/cache`, and `state/tmp`, emptied; returns the variables that keep libraries inside them.
+
+    `state/tmp` is for machines without a /tmp that can be written, such as a container with a read-only root; elsewhere
+    the usual one stays, whose short name the sockets between processes need (107 bytes).
+    """
+    temporary, cache = state / "tmp", state / "cache"
+    usual = [os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp"]  # noqa: S108
+    with disk_errors(state):
+        shutil.rmtree(temporary, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        variables = {
+            "XDG_CACHE_HOME": str(cache),
+            "MPLCONFIGDIR": str(cache / "matplotlib"),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+        }
+        if not any(folder and os.access(folder, os.W_OK) for folder in usual):
+            temporary.mkdir()
+            variables["TMPDIR"] = str(temporary)
+    return variables
 
 
 def stop_on_signals() -> Callable[[], bool]:

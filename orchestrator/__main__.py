@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
+from federation import logs
 from federation.processes import end_with_parent, reach_loopback_directly
 from orchestrator import server
 
@@ -24,7 +24,7 @@ def main() -> None:
     role = arguments.pop("role")
     end_with_parent()
     reach_loopback_directly()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure()
     settings = server.Server(**arguments)
     (server.superlink if role == "superlink" else server.coordinator)(settings)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from federation.processes import LEAN, Child, Lock, Supervisor, check_port, stop_on_signals
+from federation.logs import Shown
+from federation.processes import LEAN, Child, Lock, Supervisor, check_port, own_folders, stop_on_signals
 from orchestrator.enrollment.authority import Authority
+
+ROLES = ("superlink", "coordinator")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Server:
         The control listener: loopback, or the inside of a cluster.
     poll : float
         Seconds between two looks of the coordinator.
+    role : str
+        superlink or coordinator, each in a container of its own, or all.
     """
 
     state: Path
@@ -33,6 +39,7 @@ class Server:
     control_host: str = "127.0.0.1"
     control_port: int = 8100
     poll: float = 0.5
+    role: str = "all"
 
     @property
     def authority(self) -> Authority:
@@ -56,22 +63,30 @@ class Server:
                 self.state / "logs" / f"{role}.log",
                 {"FLWR_HOME": str(self.state / "flower"), **LEAN},
             )
-            for role in ("superlink", "coordinator")
+            for role in ROLES
+            if self.role in ("all", role)
         ]
+
+    @property
+    def lock_folder(self) -> Path:
+        """Where the supervisor of this role has its lock and its status."""
+        return self.state if self.role == "all" else self.state / f"role-{self.role}"
 
     def check(self) -> None:
         """Raise a numbered error for what would make the start fail."""
         self.authority.check()
-        check_port(self.fleet_host, self.fleet_port)
-        check_port(self.control_host, self.control_port)
+        if self.role != "coordinator":
+            check_port(self.fleet_host, self.fleet_port)
+            check_port(self.control_host, self.control_port)
 
-    def run(self) -> None:
-        """Check, start, keep alive until SIGTERM or SIGINT."""
+    def run(self, shown: Shown | None = None) -> None:
+        """Check, start, keep alive until SIGTERM or SIGINT; `shown` takes what the processes log."""
         stopped = stop_on_signals()
-        lock = Lock(self.state)
+        lock = Lock(self.lock_folder)
         try:
             self.check()
-            Supervisor(self.children()).run(stopped)
+            os.environ.update(own_folders(self.state))
+            Supervisor(self.children(), status=self.lock_folder, shown=shown).run(stopped)
         finally:
             lock.release()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
 from appliance import settings as site_settings
+from federation import logs
 from federation.processes import end_with_parent, reach_loopback_directly
 
 
@@ -20,8 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     end_with_parent()
     reach_loopback_directly()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure()
     settings = site_settings.load(arguments.config)
     os.environ["FLWR_HOME"] = str(settings.state / "link" / "flower")
     from appliance.link import app

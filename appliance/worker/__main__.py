@@ -9,7 +9,9 @@ Rules:
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -17,8 +19,10 @@ from pathlib import Path
 
 from appliance import settings as site_settings
 from appliance.worker import process
-from federation import console
+from federation import console, logs
 from federation.errors import FednnunetError
+
+log = logging.getLogger("fednnunet.worker")
 
 
 def environment(settings: site_settings.Settings) -> dict[str, str]:
@@ -26,7 +30,7 @@ def environment(settings: site_settings.Settings) -> dict[str, str]:
     kind, _, index = settings.device.partition(":")
     variables = {
         "nnUNet_def_n_proc": str(settings.preprocessing_processes),
-        "nnUNet_compile": "true" if settings.compile and kind == "cuda" else "false",
+        "nnUNet_compile": "true" if settings.compile and kind == "cuda" and c_compiler() else "false",
         "nnUNet_wandb_enabled": "0",
     }
     if settings.augmentation_processes is not None:
@@ -39,6 +43,11 @@ def environment(settings: site_settings.Settings) -> dict[str, str]:
     return variables
 
 
+def c_compiler() -> str | None:
+    """The C compiler that torch.compile's kernels on a GPU are started through (Triton asks for one); None without."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the worker until SIGTERM; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m appliance.worker", description=__doc__)
@@ -46,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         settings = site_settings.load(chosen.config)
+        logs.configure()
         os.environ.update(environment(settings))
+        if settings.compile and settings.device.startswith("cuda") and c_compiler() is None:
+            log.warning("no C compiler here: torch.compile is off, an epoch takes somewhat longer")
         os.environ.pop("nnUNet_extTrainer", None)
         stop = threading.Event()
         process.lead(stop)

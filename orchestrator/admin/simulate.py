@@ -141,7 +141,7 @@ class Simulation:
             [
                 *(sys.executable, "-m", "orchestrator.cli", "start", "--state", str(self.orchestrator)),
                 *("--fleet-port", str(fleet_port), "--control-port", str(self._control_port)),
-                *("--poll", str(self.options.poll), "--end-with-parent"),
+                *("--poll", str(self.options.poll), "--no-follow", "--end-with-parent"),
             ],
             self.orchestrator / "logs" / "orchestrator.log",
             restart=False,
@@ -175,7 +175,7 @@ class Simulation:
             name,
             [
                 *(sys.executable, "-m", "appliance.cli", "start", "--config", str(config / "site.toml")),
-                *("--role", self.options.role, "--end-with-parent"),
+                *("--role", self.options.role, "--no-follow", "--end-with-parent"),
             ],
             state / "logs" / "appliance.log",
             environment,
