@@ -41,11 +41,12 @@ test-containers: $(READY) image ## real images, compose federations and bundles 
 test-fresh: ## the README's two commands, by an ordinary user in a bare Debian container (half an hour; needs a Docker engine)
 	@images/fresh.sh
 
-lint: $(READY) ## ruff, mypy --strict and the layer rules
+lint: $(READY) ## ruff, mypy --strict, the layer rules and the Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@! test -x $(BIN)/hadolint || $(BIN)/hadolint images/*.Dockerfile
 
 format: $(READY) ## write the code the way lint wants it
 	$(BIN)/ruff check --fix .

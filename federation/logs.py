@@ -75,7 +75,7 @@ class Event:
 
 
 def now() -> str:
-    """This moment, as events have it."""
+    """The time as events have it."""
     return stamp(time.time())
 
 
@@ -96,6 +96,7 @@ class _Lines(logging.Formatter):
 def configure() -> None:
     """A process that a supervisor follows: text lines to stderr."""
     handler = logging.StreamHandler()
+    handler.setLevel(logging.INFO)  # Flower's logger lets its debug lines through, several each second
     handler.setFormatter(_Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -41,7 +41,7 @@ else
     while IFS= read -r -d '' library; do
         slim "$library"
     done < <(find "$target" -type f \( -name '*.so' -o -name '*.so.*' \) -print0)
-    find "$target" \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' \) -delete
+    find "$target" \( -name '*.pyx' -o -name '*.pxd' \) -delete
     if [ -d "$target/bin" ]; then
         find "$target/bin" -type f -not -name 'nnUNetv2_*' -delete
     fi
