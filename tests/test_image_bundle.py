@@ -7,9 +7,11 @@ import datetime as dt
 import hashlib
 import io
 import json
+import random
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import FEDNNUNET, begin, end, fednnunet, good, refused
+from commands import FEDNNUNET, Done, begin, end, environment, fednnunet, good, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from saved_images import layer, saved
@@ -195,7 +197,7 @@ def test_syft_adds_the_parts_list_where_it_is_there(shop: Shop, tmp_path: Path) 
     name, old = "fednnunet/appliance:0.2.0-cpu", shop.folder / "old.tar"
     arguments = ("--archive", old, "--key", shop.folder / "signer.key", "--output", "b.tar")
     done = good(fednnunet("image", "save", name, *arguments, cwd=tmp_path, PATH=f"{script.parent}:/usr/bin:/bin"))
-    assert "syft is not on the PATH" not in done.err
+    assert "syft is not on the PATH" not in done.out
     assert json.loads(members(tmp_path / "b.tar")["sbom.cdx.json"])["asked"] == f"docker-archive:{old}"
     good(fednnunet("image", "verify", "b.tar", "--key", shop.folder / "signer.pub", cwd=tmp_path))
     script.write_text("#!/bin/sh\necho no such >&2; exit 3\n")
@@ -205,7 +207,7 @@ def test_syft_adds_the_parts_list_where_it_is_there(shop: Shop, tmp_path: Path) 
         "no such",
     )
     done = good(fednnunet("image", "save", name, *arguments, cwd=tmp_path, PATH="/nonexistent"))
-    assert "syft is not on the PATH" in done.err
+    assert "syft is not on the PATH" in done.out
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -378,9 +380,23 @@ def test_what_is_no_archive_is_not_saved(tmp_path: Path) -> None:
         refused(fednnunet("image", "verify", name, "--key", "k.pub", cwd=tmp_path), 140, name)
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    import random
+def test_a_full_disk_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A limit on the size of files (40 blocks of 1 KiB) stands for the full disk."""
+    name = saved(tmp_path / "image.tar", [layer(noise=random.Random(1).randbytes(2**17).hex())])
+    good(fednnunet("image", "keygen", "s.key", cwd=tmp_path))
+    arguments = ("--archive", "image.tar", "--key", "s.key", "--output", "b.tar")
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$0" "$@"', sys.executable, "-m", FEDNNUNET, "image"]
+    words = [*limited, "save", name, *arguments]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    refused(Done(done.returncode, done.stdout, done.stderr), 702)
+    good(fednnunet("image", "save", name, *arguments, cwd=tmp_path))
+    words = [*limited, "load", "b.tar", "--key", "s.pub", "--to-archive", "out.tar"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    refused(Done(done.returncode, done.stdout, done.stderr), 702)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tar", "image.tar", "s.key", "s.pub"]
 
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     noise = random.Random(1).randbytes(200 * 2**20).hex()
     name = saved(tmp_path / "image.tar", [layer(noise=noise)])
     before = sorted(path.name for path in tmp_path.iterdir())

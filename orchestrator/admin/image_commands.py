@@ -198,6 +198,9 @@ def push(
 @image.command()
 def prune(
     keep: Annotated[int, typer.Option(min=1, help="Versions of each image to keep.")] = 2,
+    title: Annotated[
+        str | None, typer.Option(help="Only this image: fednnunet-appliance or fednnunet-orchestrator.")
+    ] = None,
     yes: Yes = False,
 ) -> None:
     """Remove this project's images without a name and all but the newest versions; those in use stay."""
@@ -209,9 +212,12 @@ def prune(
         kept: dict[str, list[str]] = {}
         old = []
         for item in docker.images():
+            if title not in (None, item.title):
+                continue
             versions = kept.setdefault(item.title, [])
             if item.references and (item.version in versions or len(versions) < keep):
-                versions.append(item.version) if item.version not in versions else None
+                if item.version not in versions:
+                    versions.append(item.version)
             else:
                 old.append(item)
         for item in old:
@@ -220,7 +226,9 @@ def prune(
             typer.echo("nothing to remove")
             return
         if not yes and not sys.stdin.isatty():
-            raise FednnunetError(Code.SETTINGS_INVALID, "nobody is there to confirm", "Say --yes.")
+            raise FednnunetError(
+                Code.SETTINGS_INVALID, "nobody is there to confirm", "Look at what is listed, then say --yes."
+            )
         if not yes and not typer.confirm("Remove these?"):
             return
         for item in old:

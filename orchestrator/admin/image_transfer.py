@@ -258,7 +258,7 @@ def _sbom(archive: Path, folder: Path) -> Path | None:
     """The parts list, CycloneDX, by syft; None, and a line that says so, where syft is not there."""
     syft = shutil.which("syft")
     if syft is None:
-        print("syft is not on the PATH: the bundle has no parts list (SBOM)", file=sys.stderr)
+        print("syft is not on the PATH: the bundle has no parts list (SBOM)")
         return None
     path = folder / "sbom.cdx.json"
     command = [syft, f"docker-archive:{archive.resolve()}", "--output", "cyclonedx-json", "--quiet"]

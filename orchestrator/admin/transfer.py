@@ -13,7 +13,7 @@ _EVERY = 10.0
 
 @contextlib.contextmanager
 def transfer(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show the progress of one copy on stderr.
+    """Show the progress of one copy: the bar on stderr, the lines on stdout, where stderr is left to errors.
 
     Parameters
     ----------
@@ -62,10 +62,10 @@ def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         if now - said >= _EVERY:
             said = now
             of = f" of {megabytes(total)}, about {(total - done) / done * (now - began):.0f} s left" if total else ""
-            print(f"{what}: {megabytes(done)}{of}", file=sys.stderr)
+            print(f"{what}: {megabytes(done)}{of}", flush=True)
 
     yield advance
-    print(f"{what}: {megabytes(done)} in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"{what}: {megabytes(done)} in {time.monotonic() - began:.1f} s", flush=True)
 
 
 def megabytes(count: int) -> str:
