@@ -30,7 +30,7 @@ from federation.errors import Code, FednnunetError
 from orchestrator.bundle import keys, write
 from orchestrator.bundle.archive import opened
 from orchestrator.bundle.tarfiles import END, header, padding
-from orchestrator.bundle.verify import check
+from orchestrator.bundle.verify import check, docker_archive
 from orchestrator.bundle.versions import version_key
 
 LAYERS = [layer(a="lowest " * 999), layer(b="middle"), layer(c="top")]
@@ -116,6 +116,10 @@ def test_a_hospital_can_verify_with_openssl_and_sha256sum_alone(shop: Shop, tmp_
     done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done
     assert done.stdout.count(": OK") == 2 + len(LAYERS)
+    der = subprocess.run(
+        ["openssl", "pkey", "-pubin", "-in", "signer.pub", "-outform", "DER"], cwd=tmp_path, capture_output=True
+    )
+    assert hashlib.sha256(der.stdout).hexdigest() == json.loads((tmp_path / "bundle.json").read_bytes())["signer"]
     with open(tmp_path / "SHA256SUMS", "ab") as stream:
         stream.write(b"\n")
     assert subprocess.run(words.split(), cwd=tmp_path, capture_output=True).returncode != 0
@@ -336,6 +340,21 @@ def test_a_member_that_is_no_file_is_refused(shop: Shop, kind: bytes) -> None:
     assert verdict(shop, data) is Code.BUNDLE_CHANGED
 
 
+def test_a_file_that_changes_after_it_was_verified_gives_no_archive_that_can_be_loaded(shop: Shop) -> None:
+    data = shop.bundle.read_bytes()
+    for at in (600, data.index(b"layers/", 3000) + 700):
+        stream = io.BytesIO(data)
+        front, _ = check(stream, "bundle", shop.public, now())
+        stream.seek(at)
+        stream.write(bytes([data[at] ^ 1]))
+        written = b""
+        with pytest.raises(FednnunetError) as caught:
+            for piece in docker_archive(stream, "bundle", front):
+                written += piece
+        assert caught.value.code in {Code.BUNDLE_CHANGED, Code.BUNDLE_MANIFEST_CHANGED}
+        assert b"manifest.json" not in written
+
+
 def test_a_bomb_does_not_unpack(shop: Shop) -> None:
     """Signed by a trusted key, even so: the layer says 1 KiB and would unpack to 1 GiB."""
     pack = zlib.compressobj(9, zlib.DEFLATED, 31)
@@ -373,10 +392,10 @@ def test_what_is_no_archive_is_not_saved(tmp_path: Path) -> None:
     for name in ("text", "absent"):
         refused(fednnunet("image", "save", "x:1", "--archive", name, cwd=tmp_path), 150, name)
     refused(fednnunet("image", "save", "x:1", "--archive", "empty.tar", cwd=tmp_path), 144, "manifest.json")
+    saved(tmp_path / "image.tar", LAYERS)
+    refused(fednnunet("image", "save", "x:1", "--archive", "image.tar", cwd=tmp_path), 150, "fednnunet/appliance")
+    good(fednnunet("image", "keygen", "k.key", cwd=tmp_path))
     for name in ("text", "absent"):
-        (tmp_path / "k").with_suffix(".key").unlink(missing_ok=True)
-        (tmp_path / "k").with_suffix(".pub").unlink(missing_ok=True)
-        good(fednnunet("image", "keygen", "k.key", cwd=tmp_path))
         refused(fednnunet("image", "verify", name, "--key", "k.pub", cwd=tmp_path), 140, name)
 
 

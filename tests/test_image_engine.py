@@ -100,6 +100,17 @@ def test_an_image_goes_from_one_engine_into_a_bundle_and_back(house: House) -> N
     assert json.loads(good(house.image("inspect", name)).out)["id"] == described["id"]
 
 
+def test_an_image_is_saved_under_its_name_however_it_was_asked_for(house: House) -> None:
+    name = house.put("0.2.0", LAYERS)
+    other = name.replace(":0.2.0-cpu", ":latest")
+    docker("tag", name, other)
+    identity = docker("images", "--quiet", name).strip()
+    for asked, expected in ((other.removesuffix(":latest"), {other}), (identity, {name, other}), (name, {name})):
+        described = json.loads(good(house.image("inspect", house.bundle(asked, "b.tar"))).out)
+        assert len(described["references"]) == 1
+        assert set(described["references"]) <= expected
+
+
 def test_a_refused_bundle_leaves_the_engine_as_it_was(house: House) -> None:
     bundle = house.bundle(house.put("0.2.0", LAYERS), "b.tar")
     house.forget()

@@ -33,7 +33,9 @@ def keygen(
     public = keys.generate(private)
     typer.echo(f"wrote {private}: keep it where bundles are signed, and nowhere else")
     typer.echo(f"wrote {public}: send it to the hospitals")
-    typer.echo(f"for them to compare over the phone: {keys.words(keys.load_public([public])[0])}")
+    [key] = keys.load_public([public])
+    typer.echo(f"for them to compare over the phone: {keys.words(key)}")
+    typer.echo(f"or, with openssl alone: {keys.key_id(key)}")
 
 
 @image.command()

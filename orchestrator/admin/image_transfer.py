@@ -95,15 +95,17 @@ def save(
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.disk_errors(output or folder))
         folder.mkdir(parents=True, exist_ok=True)
+        name = reference if ":" in reference.rsplit("/", 1)[-1] else f"{reference}:latest"
         if archive is None:
             spool = stack.enter_context(tempfile.TemporaryDirectory(prefix=".image-save-", dir=folder))
             archive = Path(spool, "image.tar")
             with engine() as docker:
-                _spool(docker, reference, archive)
-        image = stack.enter_context(archives.opened(archive, reference))
-        references = [reference if ":" in reference.rsplit("/", 1)[-1] else f"{reference}:latest"]
-        if reference not in image.references:
-            references = image.references
+                found = docker.image(reference)
+                if name not in found.references:
+                    name = next(iter(found.references), f"sha256:{found.id}")
+                _spool(docker, name, archive)
+        image = stack.enter_context(archives.opened(archive, name))
+        references = [] if name.startswith("sha256:") else [name]
         image.config.check_labels(reference)
         path = output or Path(_file_name(references, image.config, base))
         sbom = _sbom(archive, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".image-sbom-", dir=folder))))

@@ -61,7 +61,8 @@ def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - said >= _EVERY:
             said = now
-            of = f" of {megabytes(total)}, about {(total - done) / done * (now - began):.0f} s left" if total else ""
+            left = max(0, (total or 0) - done) / max(1, done) * (now - began)
+            of = f" of {megabytes(total)}, about {left:.0f} s left" if total else ""
             print(f"{what}: {megabytes(done)}{of}", flush=True)
 
     yield advance

@@ -71,7 +71,7 @@ def opened(path: Path, reference: str | None = None) -> Iterator[SavedImage]:
     path : Path
         The archive.
     reference : str, optional
-        Which image, where it holds several.
+        Its name; an image that was saved without a name answers to any.
 
     Raises
     ------
@@ -95,8 +95,11 @@ def opened(path: Path, reference: str | None = None) -> Iterator[SavedImage]:
 def _read(archive: tarfile.TarFile, where: str, reference: str | None) -> SavedImage:
     try:
         entries = json.loads(_small(archive, "manifest.json", where))
-        found = [entry for entry in entries if reference is None or reference in (entry.get("RepoTags") or [])]
-        entries = found or (entries if len(entries) == 1 else [])
+        names = [name for entry in entries for name in entry.get("RepoTags") or []]
+        if reference in names:
+            entries = [entry for entry in entries if reference in (entry.get("RepoTags") or [])]
+        elif reference is not None and names:
+            raise _unsuitable(where, f"it holds {', '.join(map(str, names))}", f"Name one of these, not {reference}.")
         if len(entries) != 1:
             raise _unsuitable(where, "it holds several images, or none", "Name one of them as it was saved.")
         entry: dict[str, Any] = entries[0]
