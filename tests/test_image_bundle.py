@@ -385,6 +385,22 @@ def test_an_image_without_title_or_version_is_not_saved(tmp_path: Path, labels: 
     assert [path.name for path in tmp_path.iterdir()] == ["image.tar"]
 
 
+def test_a_folder_or_a_wrong_name_where_a_file_belongs_is_refused(shop: Shop, tmp_path: Path) -> None:
+    folder, key = tmp_path / "folder", ("--key", shop.folder / "signer.pub")
+    folder.mkdir()
+    private = ("--key", shop.folder / "signer.key")
+    save = ("image", "save", "fednnunet/appliance:0.2.0-cpu", "--archive")
+    refused(fednnunet(*save, shop.folder / "old.tar", "--output", folder, cwd=tmp_path), 112, "is a folder")
+    refused(fednnunet("image", "sign", shop.bundle, *private, "--output", folder, cwd=tmp_path), 112)
+    refused(fednnunet("image", "load", shop.bundle, *key, "--to-archive", folder, cwd=tmp_path), 112)
+    refused(fednnunet(*save, folder, cwd=tmp_path), 150)
+    refused(fednnunet("image", "verify", folder, *key, cwd=tmp_path), 140)
+    refused(fednnunet("image", "verify", shop.bundle, "--key", folder, cwd=tmp_path), 154)
+    refused(fednnunet("image", "keygen", "signer.pub", cwd=tmp_path), 154)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert not list(folder.iterdir())
+
+
 def test_what_is_no_archive_is_not_saved(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a tar file")
     with tarfile.open(tmp_path / "empty.tar", "w"):

@@ -25,7 +25,9 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 @image.command()
 def keygen(
-    private: Annotated[Path, typer.Argument(metavar="FILE", help="Private key to write; the public one: FILE.pub.")],
+    private: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Private key to write; the public one has the ending .pub.")
+    ],
 ) -> None:
     """Make the pair of keys that signs bundles and verifies them."""
     from orchestrator.bundle import keys
@@ -109,7 +111,7 @@ def save(
     since: Annotated[
         str | None, typer.Option(metavar="OLD", help="Only layers that this bundle, archive or image has not.")
     ] = None,
-    days: Annotated[float, typer.Option(min=0, help="Days that the bundle may be loaded.")] = 90,
+    days: Annotated[int, typer.Option(min=0, max=3650, help="Days that the bundle may be loaded.")] = 90,
     output: Annotated[Path | None, typer.Option(help="File.", show_default="NAME-VERSION.fnubundle.tar")] = None,
 ) -> None:
     """Write an image into one file for a hospital: layers, manifest, signature and, by syft, the parts list."""
@@ -128,11 +130,13 @@ def sign(
     output: Annotated[Path | None, typer.Option(help="File to write.", show_default="BUNDLE")] = None,
 ) -> None:
     """Sign a bundle, in place of any signature that it has; it is checked to be whole on the way."""
+    from orchestrator.admin.image_transfer import check_output
     from orchestrator.admin.transfer import transfer
     from orchestrator.bundle import keys
     from orchestrator.bundle.verify import open_file
     from orchestrator.bundle.write import sign as sign_bundle
 
+    check_output(output)
     private = keys.load_private(key)
     with open_file(bundle):
         total = bundle.stat().st_size

@@ -77,8 +77,14 @@ class ArchiveBase:
         return self._saved.layer(diff_id) if diff_id in self._saved.config.diff_ids else None
 
 
+def check_output(path: Path | None) -> None:
+    """Raise FNU-112 where a file shall be written and a folder is."""
+    if path is not None and path.is_dir():
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{path} is a folder", "Name a file in it.")
+
+
 def save(
-    reference: str, key: Path | None, archive: Path | None, since: str | None, days: float, output: Path | None
+    reference: str, key: Path | None, archive: Path | None, since: str | None, days: int, output: Path | None
 ) -> tuple[Path, Description]:
     """Write a bundle; see the command for the parameters.
 
@@ -89,6 +95,7 @@ def save(
     Description
         What it holds.
     """
+    check_output(output)
     private = keys.load_private(key) if key is not None else None
     base = _since(since) if since is not None else None
     folder = output.parent if output is not None else Path()
@@ -131,6 +138,7 @@ def verified(bundle: Path, trusted: Sequence[Path], bases: Sequence[Path]) -> It
 
 def to_archive(checked: Checked, path: Path, installed: str | None, allow_downgrade: bool) -> None:
     """Write what `docker load` reads."""
+    check_output(path)
     if installed is not None:
         _no_downgrade(checked.front.description, installed, allow_downgrade)
     with files.replacing(path) as temporary, open(temporary, "xb") as stream:

@@ -81,8 +81,8 @@ def opened(path: Path, reference: str | None = None) -> Iterator[SavedImage]:
     where = str(path)
     try:
         archive = tarfile.open(path, "r:")  # noqa: SIM115 - closed below
-    except FileNotFoundError as error:
-        raise _unsuitable(where, "no such file", "Check the path.") from error
+    except OSError as error:
+        raise _unsuitable(where, error.strerror or "it cannot be read", "Check the path.") from error
     except tarfile.TarError as error:
         raise _unsuitable(where, f"not a tar file: {error}") from error
     with archive:

@@ -26,6 +26,8 @@ def generate(private: Path) -> Path:
         The public key's file.
     """
     public = private.with_suffix(".pub")
+    if public == private:
+        raise FednnunetError(Code.BUNDLE_KEY_UNUSABLE, f"{private}: .pub is for the public key", "Choose another name.")
     for path in (private, public):
         if path.exists():
             raise FednnunetError(Code.BUNDLE_KEY_UNUSABLE, f"{path} is there already", "Choose another name.")
