@@ -456,3 +456,15 @@ def test_versions_are_ordered_as_people_read_them(ordered: list[str]) -> None:
     assert sorted(found, key=lambda key: key or ((), 0, 0)) == found
     assert version_key("1.0") == version_key("1.0.0+local")
     assert version_key("latest") is None
+
+
+def test_the_bundle_format_knows_no_engine() -> None:
+    """`verify` must work where Docker's library is absent: a hospital may check on any machine."""
+    script = "import sys; sys.modules['docker'] = None; from orchestrator.admin.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "image", "verify", "absent", "--key", "absent"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.startswith("FNU-154"), done
