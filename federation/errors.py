@@ -135,6 +135,64 @@ class Code(Enum):
     )
     SITE_BUSY = (128, "The site takes part in a study that is under way", "Wait until the study has ended.")
 
+    # 140-159: images and the bundles that carry them
+    BUNDLE_UNREADABLE = (140, "The file is not an image bundle", "Give a file that `fednnunet image save` wrote.")
+    BUNDLE_CHANGED = (
+        141,
+        "The bundle is damaged or has been changed",
+        "Fetch the file again; compare its SHA-256 with the sender over the phone. Load nothing of it.",
+    )
+    BUNDLE_MANIFEST_CHANGED = (
+        142,
+        "The bundle's manifest has been changed",
+        "Fetch the file again and tell the sender. Load nothing of it.",
+    )
+    BUNDLE_SIGNATURE_CHANGED = (
+        143,
+        "The bundle's signature does not hold",
+        "Fetch the file again and tell the sender. Load nothing of it.",
+    )
+    LAYER_MISSING = (
+        144,
+        "A layer of the image is missing",
+        "For a bundle of changed layers give the one it builds on with --base; else fetch the file again.",
+    )
+    SIGNER_UNKNOWN = (
+        145,
+        "The bundle is signed by a key that is not trusted here",
+        "Compare words and digits with the sender over the phone; then give that public key with --key.",
+    )
+    BUNDLE_DATES = (
+        146,
+        "The bundle is not valid at this time",
+        "Check this machine's clock; ask the sender for a new bundle.",
+    )
+    OLDER_THAN_INSTALLED = (
+        147,
+        "The bundle is older than the version that is installed",
+        "Load the newest bundle; to go back on purpose, say --allow-downgrade.",
+    )
+    ENGINE_UNREACHABLE = (
+        148,
+        "The Docker engine does not answer",
+        "Start it, or point DOCKER_HOST at it; `fednnunet image load --to-archive FILE` needs none.",
+    )
+    IMAGE_UNKNOWN = (149, "No such image", "`fednnunet image list` names those that are there.")
+    IMAGE_UNSUITABLE = (
+        150,
+        "The image cannot be put into a bundle",
+        "Build it with `fednnunet image build`, or save it again with the engine.",
+    )
+    BUILD_FAILED = (151, "The image could not be built", "See the builder's output above.")
+    PUSH_FAILED = (152, "The image could not be pushed", "Log in with `docker login`; check the image's name.")
+    LOAD_FAILED = (153, "The engine did not take the image", "See the reason above and the engine's log.")
+    BUNDLE_KEY_UNUSABLE = (
+        154,
+        "The key file cannot be used",
+        "Make a pair with `fednnunet image keygen`; sign with the .key, verify with the .pub.",
+    )
+    BUNDLE_UNSIGNED = (155, "The bundle is not signed", "Sign it with `fednnunet image sign`, where the key is kept.")
+
     # 2xx: a site's dataset
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
     DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
