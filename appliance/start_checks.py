@@ -89,7 +89,9 @@ def _keys(settings: Settings) -> Iterator[FednnunetError]:
         (settings.coordinator_key, "coordinator_key"),
         (settings.site_key, "site_key"),
     ):
-        if not os.access(path.parent, os.X_OK) or (path.is_file() and not os.access(path, os.R_OK)):
+        if (path.parent.is_dir() and not os.access(path.parent, os.X_OK)) or (
+            path.is_file() and not os.access(path, os.R_OK)
+        ):
             code = Code.KEY_UNUSABLE if path == settings.site_key else Code.MOUNT_UNREADABLE
             advice = f"Let uid {os.geteuid()} read it: on the host, chown -R {os.geteuid()}:{os.getegid()} CONFIG."
             yield FednnunetError(code, f"{what} {path} cannot be read by uid {os.geteuid()}", advice)

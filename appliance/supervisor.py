@@ -39,7 +39,7 @@ def run(settings: Settings, config: Path | None, role: Role, shown: Shown | None
     folder = settings.state / f"role-{role}"
     lock = Lock(folder)
     try:
-        os.environ.update(own_folders(settings.state))
+        os.environ.update(own_folders(settings.state, folder))
         Supervisor(children(settings, config, role), status=folder, shown=shown).run(stopped)
     finally:
         lock.release()

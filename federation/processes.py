@@ -305,13 +305,14 @@ class Supervisor:
                 child.process.wait()
 
 
-def own_folders(state: Path) -> dict[str, str]:
-    """Make `state/cache`, and `state/tmp`, emptied; returns the variables that keep libraries inside them.
+def own_folders(state: Path, owned: Path) -> dict[str, str]:
+    """Make `state/cache`, and an empty `tmp` in the folder whose lock is held; returns the variables that lead there.
 
-    `state/tmp` is for machines without a /tmp that can be written, such as a container with a read-only root; elsewhere
-    the usual one stays, whose short name the sockets between processes need (107 bytes).
+    `tmp` is for machines without a /tmp that can be written, such as a container with a read-only root; elsewhere
+    the usual one stays, whose short name the sockets between processes need (107 bytes). Two roles may share a state:
+    the start of one must not empty what the other one uses.
     """
-    temporary, cache = state / "tmp", state / "cache"
+    temporary, cache = owned / "tmp", state / "cache"
     usual = [os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp"]  # noqa: S108
     with disk_errors(state):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -323,7 +324,7 @@ def own_folders(state: Path) -> dict[str, str]:
             "TRITON_CACHE_DIR": str(cache / "triton"),
         }
         if not any(folder and os.access(folder, os.W_OK) for folder in usual):
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)
             variables["TMPDIR"] = str(temporary)
     return variables
 

@@ -85,7 +85,7 @@ class Server:
         lock = Lock(self.lock_folder)
         try:
             self.check()
-            os.environ.update(own_folders(self.state))
+            os.environ.update(own_folders(self.state, self.lock_folder))
             Supervisor(self.children(), status=self.lock_folder, shown=shown).run(stopped)
         finally:
             lock.release()

@@ -1,0 +1,71 @@
+"""What the processes log, as events."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from federation import logs
+
+FIRST = "2026-01-02T03:04:05.678Z INFO fednnunet.worker: begins\n"
+
+
+def follow(path: Path, text: str) -> list[logs.Event]:
+    follower = logs.Follower(path, "worker")
+    path.write_text(text)
+    return list(follower.read(last=True))
+
+
+def test_a_traceback_belongs_to_its_event(tmp_path: Path) -> None:
+    text = FIRST.replace("INFO", "ERROR") + 'Traceback (most recent call last):\n  File "a.py"\nValueError: no\n'
+    found = follow(tmp_path / "log", text + FIRST)
+    assert [event.level for event in found] == ["ERROR", "INFO"]
+    assert found[0].message.endswith("ValueError: no")
+
+
+def test_what_nnunet_prints_is_an_event_and_a_numbered_error_is_one(tmp_path: Path) -> None:
+    found = follow(tmp_path / "log", "Epoch 3\nFNU-702 The disk\n/state\nWhat to do: Free space.\nEpoch 4\n")
+    assert [event.message.splitlines()[0] for event in found] == ["Epoch 3", "FNU-702 The disk", "Epoch 4"]
+    assert found[1].fields == {"code": 702}
+    assert found[1].level == "ERROR"
+
+
+def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    follower = logs.Follower(path, "worker")
+    path.write_text(FIRST[:30])
+    assert list(follower.read()) == []
+    path.write_text(FIRST)
+    assert [event.message for event in [*follower.read(), *follower.read()]] == ["begins"]
+
+
+def test_each_event_is_one_line_of_json(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    logs.Screen("json", stream).show(logs.Event(logs.now(), "ERROR", "link", "a.b", "one\ntwo"))
+    assert stream.getvalue().count("\n") == 1
+    value = json.loads(stream.getvalue())
+    assert value["message"] == "one\ntwo"
+    assert value["time"].endswith("Z")
+
+
+def test_no_terminal_means_no_colour_and_no_wrapping() -> None:
+    stream = io.StringIO()
+    logs.Screen("rich", stream).show(logs.Event(logs.now(), "WARNING", "link", "a.b", "word " * 100))
+    assert stream.getvalue().count("\n") == 1
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LIMIT", 100)
+    path = tmp_path / "log"
+    follower = logs.Follower(path, "worker")
+    with open(path, "ab", buffering=0) as writer:
+        writer.write(FIRST.encode() * 3)
+        assert len(list(follower.read(last=True))) == 3
+        assert path.stat().st_size == 0
+        writer.write(FIRST.encode())
+        assert len(list(follower.read(last=True))) == 1
+    assert path.with_name("log.1").read_text() == FIRST * 3

@@ -1,0 +1,58 @@
+"""Wrong mounts and settings are told by number before anything runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from commands import APPLIANCE, command, refused
+
+from appliance import settings, start_checks
+from appliance.doctor.context import Machine
+from federation.errors import Code
+
+BARE = {"FEDNNUNET_NAME": "hospital_a", "FEDNNUNET_ORCHESTRATOR": "host:8443"}
+
+
+def numbers(tmp_path: Path, role: start_checks.Role, **changes: str) -> list[Code]:
+    environment = {**BARE, "FEDNNUNET_STATE": str(tmp_path / "state"), "FEDNNUNET_DATA": str(tmp_path / "data")}
+    loaded = settings.load(None, environment | changes)
+    machine = Machine(shared_memory=tmp_path / "no-shm")
+    return [error.code for error in start_checks.faults(loaded, role, machine)]
+
+
+def test_no_site_toml(tmp_path: Path) -> None:
+    refused(command(APPLIANCE, "start", "--config", tmp_path / "site.toml", cwd=tmp_path), 131, "site.toml")
+
+
+def test_data_missing_or_empty(tmp_path: Path) -> None:
+    assert numbers(tmp_path, "worker") == [Code.DATASET_JSON_MISSING]
+    (tmp_path / "data").mkdir()
+    assert numbers(tmp_path, "worker") == [Code.DATASET_JSON_MISSING]
+
+
+def test_strict_mounts_refuse_what_a_plain_machine_may_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text("{}")
+    assert numbers(tmp_path, "worker") == []
+    strict = numbers(tmp_path, "worker", FEDNNUNET_STRICT_MOUNTS="true")
+    assert strict == [Code.RUNS_AS_ROOT, Code.DATA_WRITABLE, Code.SHARED_MEMORY_SMALL]
+
+
+def test_the_link_is_not_asked_for_data(tmp_path: Path) -> None:
+    found = numbers(tmp_path, "link")
+    assert Code.DATASET_JSON_MISSING not in found
+    assert Code.STATE_NOT_READY in found
+
+
+def test_every_setting_says_where_it_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text('name = "hospital_a"\norchestrator = "host:8443"\nthreads = 3\n')
+    found = settings.resolve(file, {"FEDNNUNET_THREADS": "", "FEDNNUNET_DEVICE": "cpu"})
+    assert found.settings.threads is None
+    assert found.sources["threads"] == "FEDNNUNET_THREADS"
+    assert found.sources["device"] == "FEDNNUNET_DEVICE"
+    assert found.sources["name"] == str(file)
+    assert found.sources["poll"] == "default"
