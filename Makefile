@@ -15,8 +15,9 @@ BASE ?= docker
 BASE_IMAGE ?= fednnunet/base:bookworm
 TOOLS_IMAGE ?= fednnunet/tools:bookworm
 SOURCE ?= unknown
+IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOURCE)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-export DOCKER BASE_IMAGE TOOLS_IMAGE SOURCE
+export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long test-containers test-fresh lint format benchmark docs lock base-image wheelhouse image \
@@ -74,8 +75,8 @@ wheelhouse: $(READY) ## collect what the images install into build/wheels (TORCH
 	@test $(TORCH) = cpu || PYTHON=$(BIN)/python images/wheelhouse.sh $(TORCH)
 
 image: base-image wheelhouse ## build both images, with no network (TORCH=cuda: the appliance for NVIDIA GPUs)
-	@images/build.sh appliance $(TORCH)
-	@images/build.sh orchestrator cpu
+	@$(BIN)/fednnunet image build appliance --torch $(TORCH) $(IMAGES)
+	@$(BIN)/fednnunet image build orchestrator $(IMAGES)
 
 image-sizes: $(READY) ## where the images' bytes are; the CUDA image's from its wheels' metadata
 	@$(BIN)/python images/sizes.py

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,6 +79,12 @@ class Settings(BaseModel):
     def work(self) -> Path:
         """The worker's folder: preprocessed data, checkpoints, models, reports. The link never reads it."""
         return self.state / "worker"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is used: asked for, on a GPU, and there is the C compiler that Triton needs for it."""
+        compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
+        return self.compile and self.device.startswith("cuda") and any(map(shutil.which, compilers))
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,24 @@ class Lock:
         with disk_errors(folder):
             self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except BlockingIOError as error:
             holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
             os.close(self._file)
             raise FednnunetError(Code.ALREADY_RUNNING, f"{folder}, held by process {holder or '?'}") from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def _take(self, tries: int = 4) -> None:
+        """Take it; `federation.health` holds it for a moment when it asks."""
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(0.05)
 
     def release(self) -> None:
         """Give the folder back."""
@@ -219,7 +230,7 @@ class Supervisor:
         self.children, self._grace = list(children), grace
         self._status, self._told, self._beat = status, b"", 0.0
         self._shown = shown
-        self._followers = [Follower(child.log, child.name) for child in self.children] if shown else []
+        self._followers = [Follower(child.log, child.name) for child in self.children]
 
     def start(self) -> None:
         """Start every child."""
@@ -285,11 +296,11 @@ class Supervisor:
                 self._beat = now
 
     def _follow(self, last: bool = False) -> None:
-        if self._shown is None:
-            return
+        """Show what is new in the logs; where nobody asked, only keep the files from growing for ever."""
         for follower in self._followers:
             for event in follower.read(last):
-                self._shown(event)
+                if self._shown is not None:
+                    self._shown(event)
 
     def stop(self) -> None:
         """SIGTERM to every child, last first, and SIGKILL to what is left of their sessions after the grace."""

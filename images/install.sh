@@ -33,7 +33,12 @@ else
     done
     "${pip[@]}" --target "$target" "${chosen[@]}"
     find "$target" -name '*.a' -delete
-    rm -rf "$target"/torch/{include,test,share} "$target"/nvidia/*/include "$target"/nvidia/*/*/include
+    rm -rf "$target"/torch/{include,test,share} "$target"/nvidia/*/include "$target"/nvidia/*/*/include \
+        "$target"/Crypto/SelfTest
+    if [ -d "$target/skimage" ]; then # /opt/libraries; Triton, beside a CUDA torch, reads C files of its own
+        find "$target/skimage/data" -type f -not -name '*.py*' -delete
+        find "$target" -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.[ch]pp' \) -delete
+    fi
     # numpy.testing and torch import parts of their own tests folders
     find "$target" -mindepth 2 -type d \( -name tests -o -name test \) \
         -not -path "$target/numpy/*" -not -path "$target/torch/*" -prune -exec rm -rf {} +
@@ -41,10 +46,9 @@ else
     while IFS= read -r -d '' library; do
         slim "$library"
     done < <(find "$target" -type f \( -name '*.so' -o -name '*.so.*' \) -print0)
-    find "$target" \( -name '*.pyx' -o -name '*.pxd' \) -delete
     if [ -d "$target/bin" ]; then
         find "$target/bin" -type f -not -name 'nnUNetv2_*' -delete
     fi
 fi
-"$environment/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash "$target" || true
+"$environment/bin/python" -m compileall -qq -j 0 --invalidation-mode unchecked-hash "$target" || true # templates are no Python
 find "$target" -exec touch --no-dereference --date=@1577836800 {} +

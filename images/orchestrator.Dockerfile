@@ -15,12 +15,12 @@ ARG TORCH=cpu
 RUN --mount=type=bind,source=build/wheels,target=/wheels \
     /opt/install.sh /opt/torch "/wheels/${TORCH}/torch"
 
-# Reading images, splitting cases and postprocessing are the hospitals' work.
+# What only reading images needs, or compiling, is the hospitals' part.
 FROM tools AS libraries
 ARG TORCH=cpu
 RUN --mount=type=bind,source=build/wheels,target=/wheels \
     /opt/install.sh /opt/libraries "/wheels/${TORCH}/libraries" \
-        connected_components_3d imagecodecs joblib scikit_learn
+        imagecodecs networkx setuptools
 
 FROM tools AS project
 RUN --mount=type=bind,source=build/wheels,target=/wheels \

@@ -53,10 +53,10 @@ def kind_left_out(name: str) -> str | None:
     """Which of the things that images/install.sh removes a wheel's file is; None: it stays."""
     if name.endswith(".a"):
         return "static libraries"
-    if re.match(r"(torch/(include|share)/|nvidia/.*?/include/)", name):
-        return "headers"
-    if re.match(r"torch/(test|bin)/", name) and not name.endswith("torch_shm_manager"):
-        return "torch's own tests and tools"
+    if re.match(r"(torch/(include|share)/|nvidia/.*?/include/)|.*\.[ch](pp)?$", name):
+        return "headers and sources in C"
+    if re.match(r"(torch/(test|bin)|skimage/data|Crypto/SelfTest)/", name) and not name.endswith("torch_shm_manager"):
+        return "tests and tools of torch, sample data"
     if re.search(r"/tests?/", name) and not name.startswith(("numpy/", "torch/")):
         return "tests"
     return "Cython sources" if name.endswith((".pyx", ".pxd")) else None

@@ -112,6 +112,8 @@ def describe(plans: dict[str, Any]) -> str:
 
 
 def _reason(log: Path, status: int) -> str:
+    if not log.exists():
+        return f"the planner did not start (exit {status}); the coordinator's log says why"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1][-500:] if lines else "no word from it"
     return f"the planner was killed by signal {-status}" if status < 0 else last

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federation.logs import Shown
-from federation.processes import LEAN, Child, Lock, Supervisor, check_port, own_folders, stop_on_signals
+from federation.processes import LEAN, STATUS, Child, Lock, Supervisor, check_port, own_folders, stop_on_signals
 from orchestrator.enrollment.authority import Authority
 
 ROLES = ("superlink", "coordinator")
@@ -72,6 +72,16 @@ class Server:
         """Where the supervisor of this role has its lock and its status."""
         return self.state if self.role == "all" else self.state / f"role-{self.role}"
 
+    def lock(self) -> list[Lock]:
+        """Take the locks of this role: `all` holds those of both roles too, so that there is never a second of one."""
+        folders = [self.lock_folder]
+        if self.role == "all":
+            folders += [self.state / f"role-{role}" for role in ROLES]
+        locks = [Lock(folder) for folder in folders]
+        for folder in folders[1:]:
+            (folder / STATUS).unlink(missing_ok=True)
+        return locks
+
     def check(self) -> None:
         """Raise a numbered error for what would make the start fail."""
         self.authority.check()
@@ -82,13 +92,14 @@ class Server:
     def run(self, shown: Shown | None = None) -> None:
         """Check, start, keep alive until SIGTERM or SIGINT; `shown` takes what the processes log."""
         stopped = stop_on_signals()
-        lock = Lock(self.lock_folder)
+        locks = self.lock()
         try:
             self.check()
             os.environ.update(own_folders(self.state, self.lock_folder))
             Supervisor(self.children(), status=self.lock_folder, shown=shown).run(stopped)
         finally:
-            lock.release()
+            for lock in locks:
+                lock.release()
 
 
 def superlink(server: Server) -> None:

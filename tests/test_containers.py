@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-from tests.commands import REPOSITORY, wait_for
+from commands import REPOSITORY, wait_for
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
 DOCKER = os.environ.get("DOCKER", "docker")

@@ -238,7 +238,7 @@ def test_push_hands_every_layer_to_the_registry(house: House) -> None:
     refused(house.image("push", "fednnunet/nothing:1"), 149)
 
 
-def test_build_makes_an_image_without_network_from_the_wheels_it_is_given(house: House) -> None:
+def test_build_makes_an_image_without_network_from_the_wheelhouse(house: House) -> None:
     """A small Dockerfile stands for the real ones: it mounts the wheels and carries the labels."""
     root = house.folder / "repository"
     (root / "images").mkdir(parents=True)
@@ -248,12 +248,12 @@ def test_build_makes_an_image_without_network_from_the_wheels_it_is_given(house:
         f'LABEL org.opencontainers.image.title="{house.title}" org.opencontainers.image.version="$VERSION"\n'
         "COPY build/wheels /wheels\n"
     )
-    wheels = house.folder / "wheels"
-    wheels.mkdir()
+    wheels = root / "build" / "wheels" / "cpu" / "torch"
+    wheels.mkdir(parents=True)
     refused(house.image("build", "appliance", "--context", root), 151, "no wheels")
     (wheels / "a-1-py3-none-any.whl").write_text("a wheel")
     tag = f"{house.title}:built"
-    good(house.image("build", "appliance", "--context", root, "--wheelhouse", wheels, "--tag", tag))
+    good(house.image("build", "appliance", "--context", root, "--tag", tag))
     described = json.loads(good(house.image("inspect", tag)).out)
     assert (described["title"], described["version"]) == (house.title, "0.4.0")
     (root / "images" / "appliance.Dockerfile").write_text("FROM scratch\nCOPY absent /\n")

@@ -56,3 +56,15 @@ def test_every_setting_says_where_it_came_from(tmp_path: Path) -> None:
     assert found.sources["device"] == "FEDNNUNET_DEVICE"
     assert found.sources["name"] == str(file)
     assert found.sources["poll"] == "default"
+
+
+def test_torch_compile_is_off_where_no_c_compiler_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = settings.load(None, {}, name="hospital_a", orchestrator="example.org:8443", device="cuda")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not cuda.compiles
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert cuda.compiles
+    assert not settings.load(None, {}, name="hospital_a", orchestrator="example.org:8443", device="cpu").compiles

@@ -91,7 +91,8 @@ def judge(context: Context, torch: dict[str, Any], driver: dict[str, str] | None
                 measured=measured,
             )
         ]
-    return [ok(f"{found}; the plan may fill {wanted:g} GB", measured=measured)]
+    without = "" if context.settings.compiles or not context.settings.compile else "; no C compiler: no torch.compile"
+    return [ok(f"{found}; the plan may fill {wanted:g} GB{without}", measured=measured)]
 
 
 def _missing(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -27,10 +26,10 @@ log = logging.getLogger("fednnunet.worker")
 
 def environment(settings: site_settings.Settings) -> dict[str, str]:
     """The variables of nnU-Net and of the numerical libraries that follow from a site's settings."""
-    kind, _, index = settings.device.partition(":")
+    index = settings.device.partition(":")[2]
     variables = {
         "nnUNet_def_n_proc": str(settings.preprocessing_processes),
-        "nnUNet_compile": "true" if settings.compile and kind == "cuda" and c_compiler() else "false",
+        "nnUNet_compile": "true" if settings.compiles else "false",
         "nnUNet_wandb_enabled": "0",
     }
     if settings.augmentation_processes is not None:
@@ -43,11 +42,6 @@ def environment(settings: site_settings.Settings) -> dict[str, str]:
     return variables
 
 
-def c_compiler() -> str | None:
-    """The C compiler that torch.compile's kernels on a GPU are started through (Triton asks for one); None without."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the worker until SIGTERM; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m appliance.worker", description=__doc__)
@@ -57,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = site_settings.load(chosen.config)
         logs.configure()
         os.environ.update(environment(settings))
-        if settings.compile and settings.device.startswith("cuda") and c_compiler() is None:
+        if settings.compile and settings.device.startswith("cuda") and not settings.compiles:
             log.warning("no C compiler here: torch.compile is off, an epoch takes somewhat longer")
         os.environ.pop("nnUNet_extTrainer", None)
         stop = threading.Event()

@@ -1,15 +1,13 @@
-"""Build the project's images from a checkout: names, labels, and the wheels where the Dockerfiles expect them."""
+"""Build the project's images from a checkout: names, labels, and the wheels that `make wheelhouse` has collected."""
 
 from __future__ import annotations
 
 import datetime as dt
 import os
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
-from federation import files
 from federation.errors import Code, FednnunetError
 from orchestrator.admin import images
 
@@ -23,7 +21,7 @@ def build(
     tag: str | None,
     base_image: str | None,
     tools_image: str | None,
-    wheelhouse: Path | None,
+    source: str | None,
     context: Path,
 ) -> str:
     """Build `images/ROLE.Dockerfile`; raises FNU-151.
@@ -34,10 +32,8 @@ def build(
         `appliance` or `orchestrator`.
     torch : str
         `cpu` or `cuda`.
-    tag, base_image, tools_image : str, optional
-        The image's name; the images that the Dockerfile starts from.
-    wheelhouse : Path, optional
-        A folder of wheels; it is put at `build/wheels` of the context, in place of what was there.
+    tag, base_image, tools_image, source : str, optional
+        The image's name; the images that the Dockerfile starts from; where the source code is, for the label.
     context : Path
         The repository.
 
@@ -48,10 +44,12 @@ def build(
     """
     dockerfile = f"images/{role}.Dockerfile"
     version = _version(context, dockerfile)
-    if wheelhouse is not None:
-        _put_wheels(wheelhouse, context / WHEELS)
-    if not any((context / WHEELS).glob("*.whl")):
-        raise FednnunetError(Code.BUILD_FAILED, f"no wheels in {context / WHEELS}", "Name their folder: --wheelhouse.")
+    if not any((context / WHEELS / torch).glob("*/*.whl")):
+        raise FednnunetError(
+            Code.BUILD_FAILED,
+            f"no wheels in {context / WHEELS / torch}",
+            f"Collect them: make wheelhouse TORCH={torch}",
+        )
     revision, seconds = _git(context, "rev-parse", "HEAD"), os.environ.get("SOURCE_DATE_EPOCH")
     seconds = seconds or _git(context, "log", "-1", "--format=%ct")
     created = dt.datetime.fromtimestamp(int(seconds), dt.UTC) if seconds else dt.datetime.now(dt.UTC)
@@ -61,10 +59,8 @@ def build(
         "REVISION": revision or "unknown",
         "CREATED": f"{created:%Y-%m-%dT%H:%M:%SZ}",
     }
-    if base_image is not None:
-        arguments["BASE_IMAGE"] = base_image
-    if tools_image is not None:
-        arguments["TOOLS_IMAGE"] = tools_image
+    given = {"BASE_IMAGE": base_image, "TOOLS_IMAGE": tools_image, "SOURCE": source}
+    arguments |= {name: value for name, value in given.items() if value}
     name = tag or f"fednnunet/{role}:{version}-{torch}"
     images.build(dockerfile, context, name, arguments)
     return name
@@ -80,20 +76,6 @@ def _version(context: Path, dockerfile: str) -> str:
             Code.BUILD_FAILED, f"{context} is not the repository: {error}", "Name it with --context."
         ) from error
     return str(version)
-
-
-def _put_wheels(wheelhouse: Path, target: Path) -> None:
-    """Copy the wheels (by hard link where the disk allows) to where the Dockerfiles look."""
-    if not wheelhouse.is_dir():
-        raise FednnunetError(Code.BUILD_FAILED, f"{wheelhouse} is not a folder", "Name a folder of wheels.")
-    if target.exists() and target.samefile(wheelhouse):
-        return
-    with files.new_directory(target) as folder:
-        for wheel in sorted(wheelhouse.glob("*.whl")):
-            try:
-                os.link(wheel, folder / wheel.name)
-            except OSError:
-                shutil.copy2(wheel, folder / wheel.name)
 
 
 def _git(context: Path, *words: str) -> str:

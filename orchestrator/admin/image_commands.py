@@ -47,15 +47,13 @@ def build(
     tag: Annotated[str | None, typer.Option(help="Its name.", show_default="fednnunet/ROLE:VERSION-TORCH")] = None,
     base_image: Annotated[str | None, typer.Option(help="Image to start from.", show_default="Dockerfile's")] = None,
     tools_image: Annotated[str | None, typer.Option(help="Image that builds.", show_default="Dockerfile's")] = None,
-    wheelhouse: Annotated[
-        Path | None, typer.Option(help="Folder of wheels, put at build/wheels.", show_default="build/wheels")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="Address of the source code, for the label.")] = None,
     context: Annotated[Path, typer.Option(help="The repository.")] = Path("."),
 ) -> None:
-    """Build an image from the repository and a folder of wheels, without network."""
+    """Build an image from the repository and the wheels that `make wheelhouse` has collected, without network."""
     from orchestrator.admin import image_build
 
-    name = image_build.build(role, torch, tag, base_image, tools_image, wheelhouse, context)
+    name = image_build.build(role, torch, tag, base_image, tools_image, source, context)
     typer.echo(f"built {name}")
 
 
