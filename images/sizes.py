@@ -8,6 +8,7 @@ kilobytes), which says how large its files are unpacked.
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = os.environ.get("DOCKER", "docker")
@@ -133,6 +134,18 @@ class _Remote(io.RawIOBase):
         return len(data)
 
 
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[tuple[IO[bytes], int]]:
+    """A wheel as a stream, and its size in bytes: on this disk, or read in ranges."""
+    if url.startswith("file:"):
+        path = Path(urllib.request.url2pathname(url.removeprefix("file://")))
+        with open(path, "rb") as local:
+            yield local, path.stat().st_size
+        return
+    remote = _Remote(url)
+    yield io.BufferedReader(remote, 2**17), remote.size
+
+
 def cuda_wheels() -> Iterator[tuple[str, str]]:
     """Name and URL of each wheel of the CUDA image, as the index offers it for the lock's hashes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,10 +167,9 @@ def compute_cuda(base: int) -> None:
     for name, url in cuda_wheels():
         if not url.endswith(".whl"):
             continue
-        remote = _Remote(url)
-        packed += remote.size
-        with zipfile.ZipFile(io.BufferedReader(remote, 2**17)) as archive:
+        with opened(url) as (stream, size), zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
+        packed += size
         unpacked += sum(entry.file_size for entry in entries)
         sizes[name] = sum(entry.file_size for entry in entries if kind_left_out(entry.filename) is None)
         kept += sizes[name]
