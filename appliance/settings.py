@@ -115,7 +115,10 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(Settings.model_fields, "default")
-    found = file is not None and file.exists()
+    try:
+        found = file is not None and file.exists()
+    except PermissionError as error:
+        raise FednnunetError(Code.MOUNT_UNREADABLE, f"{file}: uid {os.geteuid()} may not look there") from error
     if file is not None and found:
         try:
             values.update(tomllib.loads(file.read_text(encoding="utf-8")))

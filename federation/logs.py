@@ -11,7 +11,9 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import io
 import json
 import logging
 import os
@@ -32,6 +34,7 @@ _LINE = re.compile(
 _COLOURS = {"DEBUG": "dim", "INFO": "green", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 _errors = ""
 _TRACEBACK = "Traceback (most recent call last):"
+_CHAIN = ("The above exception was the direct cause", "During handling of the above exception")
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Event:
             "message": self.message,
             **self.fields,
         }
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value)
 
 
 def now() -> str:
@@ -108,9 +111,16 @@ class Screen:
     def __init__(self, form: Format, stream: IO[str] | None = None) -> None:
         from rich.console import Console
 
+        class Lasting(Console):
+            def on_broken_pipe(self) -> None:
+                """Rich would end the process."""
+                raise BrokenPipeError
+
         self.form = form
         self._stream = stream or sys.stdout
-        self._console = Console(file=self._stream, highlight=False)
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")
+        self._console = Lasting(file=self._stream, highlight=False)
 
     def show(self, event: Event) -> None:
         """Show one event; a reader that has gone is no reason to stop."""
@@ -131,7 +141,7 @@ class Screen:
                 event.message,
             )
             self._console.print(line, soft_wrap=True)
-        except OSError:
+        except (OSError, ValueError):
             return
 
 
@@ -186,6 +196,8 @@ class Follower:
     def read(self, last: bool = False) -> Iterator[Event]:
         """Events that are new; `last`: also one that may not be complete yet."""
         data = self._new()
+        while last and (more := self._new()):
+            data += more
         lines, self._rest = (self._rest + data).split(b"\n"), b""
         if last:
             lines = [line for line in lines if line]
@@ -213,6 +225,8 @@ class Follower:
         if not line.strip():
             return
         match = _LINE.fullmatch(line)
+        if line == _TRACEBACK and self._open is not None and self._open.level in ("DEBUG", "INFO"):
+            yield self._close()
         if match is None and self._open is not None and self._belongs(line):
             self._open.message += "\n" + line
             return
@@ -233,8 +247,9 @@ class Follower:
         said = self._open.message.splitlines()
         if "code" in self._open.fields:
             return not said[-1].startswith("What to do: ")
-        within = _TRACEBACK in said and said[-1].startswith((" ", _TRACEBACK))
-        return line.startswith((" ", "\t", _TRACEBACK)) or within
+        if line.startswith((" ", "\t", _TRACEBACK, *_CHAIN)):
+            return True
+        return _TRACEBACK in said and said[-1].startswith((" ", _TRACEBACK))
 
     def _close(self) -> Event:
         event, self._open = self._open, None
@@ -244,12 +259,14 @@ class Follower:
     def _trim(self) -> None:
         if self._position < LIMIT:
             return
+        earlier = self._path.with_name(self._path.name + ".1")
         try:
-            shutil.copyfile(self._path, self._path.with_name(self._path.name + ".1"))
+            shutil.copyfile(self._path, earlier)
+        except OSError:  # a full disk: the room is needed more than the old lines
+            earlier.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
             os.truncate(self._path, 0)
-        except OSError:
-            return
-        self._position = 0
+            self._position = 0
 
 
 Shown = Callable[[Event], None]

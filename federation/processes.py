@@ -287,13 +287,16 @@ class Supervisor:
         ]
         told, path = files.canonical_json({"pid": os.getpid(), "processes": states}), self._status / STATUS
         now = time.monotonic()
-        with contextlib.suppress(OSError, FednnunetError):  # a full disk shows where it matters
-            if told != self._told:
+        if told != self._told:
+            with contextlib.suppress(OSError, FednnunetError):  # a full disk shows where it matters
                 files.write_bytes(path, told)
                 self._told, self._beat = told, now
-            elif now - self._beat >= HEARTBEAT:
+        if now - self._beat >= HEARTBEAT:
+            try:
                 os.utime(path)
-                self._beat = now
+            except OSError:
+                self._told = b""
+            self._beat = now
 
     def _follow(self, last: bool = False) -> None:
         """Show what is new in the logs; where nobody asked, only keep the files from growing for ever."""
@@ -314,6 +317,7 @@ class Supervisor:
                     child.process.wait(max(0.0, end - time.monotonic()))
                 child.signal(signal.SIGKILL)
                 child.process.wait()
+        self._tell()
 
 
 def own_folders(state: Path, owned: Path) -> dict[str, str]:

@@ -25,6 +25,12 @@ mkdir -p "$house/torch" "$house/libraries"
 echo "collecting what $lock names (a few hundred MB for cpu, 3 GB for cuda)"
 if [ "$variant" = cpu ]; then
     pip download --no-deps --constraint constraints.txt --dest "$house/torch" torch
+    if "$python" -m zipfile --list "$house"/torch/torch-*.whl | grep -q libtorch_cuda; then
+        rm -rf "$house"
+        echo "your package index offers a CUDA build of torch; a CPU image needs PyTorch's CPU build of the version in" >&2
+        echo "constraints.txt: name an index, or a folder (PIP_FIND_LINKS), that has it" >&2
+        exit 1
+    fi
 fi
 pip wheel --no-deps --require-hashes --wheel-dir "$house/libraries" --requirement "$lock"
 find "$house/libraries" \( -name 'torch-*' -o -name 'nvidia_*' -o -name 'cuda_*' -o -name 'triton-*' \) \

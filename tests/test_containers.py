@@ -145,7 +145,9 @@ def check_hardened(compose: Compose, service: str) -> None:
     assert fields["Uid"].split() == [str(UID)] * 4
     assert {int(fields[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert fields["NoNewPrivs"] == "1"
-    assert compose.execute(service, "touch", "/opt/fednnunet/new", check=False).returncode != 0
+    assert (
+        docker("inspect", "--format", "{{.HostConfig.ReadonlyRootfs}}", compose.container(service)).stdout == "true\n"
+    )
     assert compose.execute(service, "sh", "-c", ": >/tmp/new", check=False).returncode != 0
     for program in ("gcc", "cc", "pip", "curl", "strip"):
         assert compose.execute(service, "sh", "-c", f"command -v {program}", check=False).returncode != 0, program
@@ -198,8 +200,10 @@ def test_the_hardened_hospital_trains_with_a_worker_that_has_no_network_and_a_li
             (federation, "orchestrator", "coordinator"),
         ):
             kill(compose, service, process)
+        assert rounds_done(federation, "second") < 6
         docker("network", "disconnect", f"{PROJECT}_hospital_b", federation.container("hospital_b"))
         time.sleep(12)
+        assert rounds_done(federation, "second") < 6, "the study did not need hospital_b"
         docker("network", "connect", f"{PROJECT}_hospital_b", federation.container("hospital_b"))
         done = federation.execute(
             "orchestrator", "fednnunet", "study", "submit", "/state/second.yaml", "--state", "/state"
@@ -329,6 +333,16 @@ def test_a_wrong_user_is_told_at_start_by_number(house: Path, user: str, number:
     done = start(house, "--user", user)
     told = [json.loads(line) for line in done.stderr.splitlines()]
     assert number in [event["code"] for event in told], done
+
+
+def test_a_configuration_that_the_user_may_not_see_is_told_as_such(house: Path) -> None:
+    mode = (house / "config").stat().st_mode
+    (house / "config").chmod(0o700)
+    try:
+        done = start(house, "--user", "1234:1234")
+    finally:
+        (house / "config").chmod(mode)
+    assert [json.loads(line)["code"] for line in done.stderr.splitlines()] == [721], done
 
 
 def test_the_labels_say_what_an_image_is() -> None:

@@ -107,9 +107,11 @@ def changed(data: bytes, at: int, bit: int = 0) -> bytes:
 
 
 def test_a_hospital_can_verify_with_openssl_and_sha256sum_alone(shop: Shop, tmp_path: Path) -> None:
-    subprocess.run(["tar", "xf", str(shop.bundle)], cwd=tmp_path, check=True)
     shutil.copy(shop.folder / "signer.pub", tmp_path)
-    words = "openssl pkeyutl -verify -pubin -inkey signer.pub -rawin -in SHA256SUMS -sigfile SHA256SUMS.sig"
+    tmp_path = tmp_path / "check"
+    tmp_path.mkdir()
+    subprocess.run(["tar", "xf", str(shop.bundle), "--directory", str(tmp_path)], check=True)
+    words = "openssl pkeyutl -verify -pubin -inkey ../signer.pub -rawin -in SHA256SUMS -sigfile SHA256SUMS.sig"
     done = subprocess.run(words.split(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done
     assert "Verified Successfully" in done.stdout
@@ -117,7 +119,7 @@ def test_a_hospital_can_verify_with_openssl_and_sha256sum_alone(shop: Shop, tmp_
     assert done.returncode == 0, done
     assert done.stdout.count(": OK") == 2 + len(LAYERS)
     der = subprocess.run(
-        ["openssl", "pkey", "-pubin", "-in", "signer.pub", "-outform", "DER"], cwd=tmp_path, capture_output=True
+        ["openssl", "pkey", "-pubin", "-in", "../signer.pub", "-outform", "DER"], cwd=tmp_path, capture_output=True
     )
     assert hashlib.sha256(der.stdout).hexdigest() == json.loads((tmp_path / "bundle.json").read_bytes())["signer"]
     with open(tmp_path / "SHA256SUMS", "ab") as stream:

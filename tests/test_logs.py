@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,50 @@ def test_a_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Monkey
         writer.write(FIRST.encode())
         assert len(list(follower.read(last=True))) == 1
     assert path.with_name("log.1").read_text() == FIRST * 3
+
+
+def test_a_chained_traceback_after_a_plain_line_is_one_error(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    follower = logs.Follower(log, "worker")
+    log.write_text(
+        "2026-11-25T12:00:00.000Z INFO fednnunet.worker: all is well\n"
+        "Traceback (most recent call last):\n"
+        '  File "a.py", line 1, in <module>\n'
+        "KeyError: 'a'\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "Traceback (most recent call last):\n"
+        '  File "b.py", line 1, in <module>\n'
+        "ValueError: b\n"
+    )
+    well, error = follower.read(last=True)
+    assert (well.level, well.message) == ("INFO", "all is well")
+    assert error.level == "ERROR"
+    assert error.message.startswith("Traceback")
+    assert error.message.endswith("ValueError: b")
+
+
+@pytest.mark.parametrize("form", ["rich", "json"])
+def test_a_screen_that_has_gone_or_cannot_spell_ends_nobody(form: logs.Format) -> None:
+    event = logs.Event(logs.now(), "INFO", "worker", "output", "100%|██████████| \ufffd")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w", encoding="utf-8") as gone:
+        screen = logs.Screen(form, gone)
+        for _ in range(3):
+            screen.show(event)
+    raw = io.BytesIO()
+    latin = io.TextIOWrapper(raw, encoding="latin-1", write_through=True)
+    logs.Screen(form, latin).show(event)
+    assert b"100%" in raw.getvalue()
+
+
+def test_a_log_that_has_grown_is_kept_once_and_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LIMIT", 100)
+    log = tmp_path / "worker.log"
+    follower = logs.Follower(log, "worker")
+    log.write_text("line\n" * 40)
+    assert len(list(follower.read())) == 40
+    assert (log.stat().st_size, (tmp_path / "worker.log.1").stat().st_size) == (0, 200)
+    with open(log, "a") as stream:
+        stream.write("more\n")
+    assert [event.message for event in follower.read()] == ["more"]

@@ -131,6 +131,8 @@ class Engine:
 
         try:
             with _errors(Code.ENGINE_UNREACHABLE):
+                if self._client.api.containers(all=True, filters={"ancestor": f"sha256:{image.id}"}):
+                    return False  # asked first: of several names, those before the refusal would be gone
                 for reference in image.references or (f"sha256:{image.id}",):
                     self._client.api.remove_image(reference)
         except FednnunetError as error:
@@ -222,6 +224,8 @@ def _errors(code: Code) -> Iterator[None]:
     except docker.errors.ImageNotFound as error:
         raise FednnunetError(Code.IMAGE_UNKNOWN, str(error.explanation or error)[:300]) from error
     except docker.errors.APIError as error:
+        if error.status_code == 400 and "reference" in str(error.explanation):
+            raise FednnunetError(Code.IMAGE_UNKNOWN, str(error.explanation)[:300]) from error
         raise FednnunetError(code, str(error.explanation or error)[:500]) from error
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
         raise FednnunetError(Code.ENGINE_UNREACHABLE, str(error)[:300]) from error

@@ -144,6 +144,7 @@ class Simulation:
                 *("--poll", str(self.options.poll), "--no-follow", "--end-with-parent"),
             ],
             self.orchestrator / "logs" / "orchestrator.log",
+            {"FEDNNUNET_LOG_FORMAT": "rich"},
             restart=False,
         )
 
@@ -161,6 +162,7 @@ class Simulation:
         shutil.copyfile(authority.signing_public, config / "coordinator.pub")
         files.write_bytes(config / "policy.toml", POLICY)
         settings: dict[str, Any] = {
+            "log_format": "rich",
             "orchestrator": address,
             "data": str(data),
             "device": self.options.device,
