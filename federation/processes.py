@@ -95,11 +95,20 @@ class Lock:
         os.close(self._file)
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port that is free, and stays so for as long as this process lives.
+
+    It stays bound here, without listening: nobody else is given it, and a server that sets SO_REUSEADDR, as uvicorn
+    does, can still listen there. Two appliances that start at once would else be given the same port.
+    """
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind((host, 0))
+    _reserved.append(probe)
+    port: int = probe.getsockname()[1]
     return port
 
 

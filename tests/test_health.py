@@ -1,15 +1,17 @@
-"""What `appliance health` asks, and what the supervisor tells it."""
+"""What `appliance health` asks, what the supervisor tells it, and the ports that its children get."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from federation import health
+from federation import health, processes
 from federation.errors import Code, FednnunetError
 from federation.processes import STATUS, Child, Lock, Supervisor, own_folders
 
@@ -61,3 +63,22 @@ def test_the_start_of_one_role_leaves_the_temporary_files_of_another(
     assert kept.exists()
     own_folders(tmp_path, tmp_path / "a")
     assert not kept.exists()
+
+
+def test_a_free_port_is_nobody_elses_and_can_be_listened_at() -> None:
+    """Appliances that start at once ask at once: a port that was only looked at was given to two of them."""
+    port = processes.free_port()
+    ask = (
+        "import socket\n"
+        "def bound(port):\n"
+        "    one = socket.socket()\n"
+        "    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "    one.bind(('127.0.0.1', port))\n"
+        "    return one\n"
+        "held = [bound(0) for _ in range(900)]\n"
+        f"assert {port} not in [one.getsockname()[1] for one in held]\n"
+        f"bound({port}).listen()\n"
+    )
+    subprocess.run([sys.executable, "-c", ask], check=True)
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))
