@@ -110,10 +110,12 @@ def test_a_study_through_containers_ends_in_a_model_that_nnunet_predicts_with(
     assert any(name.endswith("checkpoint_final.pth") for name in zipfile.ZipFile(tmp_path / "model.zip").namelist())
     models = federation.execute("hospital_a", "sh", "-c", "ls -d /state/worker/*/nnUNet_results/*/*").stdout.split()
     assert len(models) == 1
+    trainer, plans, configuration = Path(models[0]).name.split("__")
     predict = (
-        "export TMPDIR=/state/cache nnUNet_results=/state/cache/results OMP_NUM_THREADS=1; mkdir -p $nnUNet_results; "
-        "nnUNetv2_predict_from_modelfolder -i /data/Dataset301_Phantom/imagesTs -o /state/cache/predicted "
-        f"-m {models[0]} -f all -device cpu --disable_tta -npp 1 -nps 1 || exit 1; ls /state/cache/predicted"
+        f"export TMPDIR=/state/cache OMP_NUM_THREADS=1 nnUNet_results={Path(models[0]).parents[1]}; "
+        f"nnUNetv2_predict -i /data/Dataset301_Phantom/imagesTs -o /state/cache/predicted -d {study['dataset']} "
+        f"-tr {trainer} -p {plans} -c {configuration} -f all -device cpu --disable_tta -npp 1 -nps 1 || exit 1; "
+        "ls /state/cache/predicted"
     )
     shown = federation.execute("hospital_a", "sh", "-c", predict)
     cases = federation.execute("hospital_a", "sh", "-c", "ls /data/Dataset301_Phantom/imagesTs").stdout.split()
@@ -200,6 +202,9 @@ def test_the_hardened_hospital_trains_with_a_worker_that_has_no_network_and_a_li
             (federation, "orchestrator", "coordinator"),
         ):
             kill(compose, service, process)
+        federation("stop", "--timeout", 10, "hospital_a")
+        assert exit_code(federation.container("hospital_a")) == 0, "SIGTERM did not end it in ten seconds"
+        federation("start", "hospital_a")
         assert rounds_done(federation, "second") < 6
         docker("network", "disconnect", f"{PROJECT}_hospital_b", federation.container("hospital_b"))
         time.sleep(12)
@@ -356,6 +361,7 @@ def test_the_labels_say_what_an_image_is() -> None:
         assert config["User"] == f"{UID}:{UID}"
         assert config["Healthcheck"]["Test"] == ["CMD", role, "health"]
         assert config["Entrypoint"] == ["tini", "--", role]
+        assert ("NVIDIA_DRIVER_CAPABILITIES=compute,utility" in config["Env"]) == (role == "appliance")
 
 
 @pytest.mark.parametrize(("role", "most"), [("appliance", 1.7e9), ("orchestrator", 1.5e9)])

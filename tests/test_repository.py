@@ -88,6 +88,20 @@ def test_the_three_that_everything_hangs_on_are_pinned_as_agreed() -> None:
     }
 
 
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_what_the_images_install_is_locked_with_hashes_at_the_versions_that_were_tested(variant: str) -> None:
+    text = (ROOT / "images" / f"{variant}.lock").read_text(encoding="utf-8")
+    entries = re.findall(r"^([a-z0-9.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
+    lines = [line for line in text.splitlines() if not line.startswith(("#", "    --hash=sha256:"))]
+    assert len(entries) == len(lines) > 100, "an entry without a hash"
+    names, pinned = {name for name, _, _ in entries}, pins()
+    for name, version, _ in entries:
+        assert Version(version) == pinned.get(name, Version(version)), name
+    assert {"flwr", "nnunetv2", "cryptography", "numpy", "simpleitk"} <= names
+    assert ("torch" in names) == ("nvidia-cudnn-cu13" in names) == (variant == "cuda")
+    assert "uv" not in names
+
+
 def test_the_admin_cli_installs_without_torch_flower_and_nnunet() -> None:
     base = {Requirement(text).name.lower() for text in project()["dependencies"]}
     assert not base & {"torch", "flwr", "nnunetv2", "simpleitk", "numpy"}
