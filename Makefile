@@ -16,7 +16,6 @@ BASE_IMAGE ?= fednnunet/base:bookworm
 TOOLS_IMAGE ?= fednnunet/tools:bookworm
 SOURCE ?= unknown
 IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOURCE)
-VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help

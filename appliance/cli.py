@@ -29,13 +29,6 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
-class LogFormat(StrEnum):
-    """What is printed."""
-
-    RICH = "rich"
-    JSON = "json"
-
-
 Config = Annotated[Path, typer.Option(help="The site's settings.", envvar="FEDNNUNET_CONFIG")]
 
 
@@ -76,7 +69,7 @@ def start(
         typer.Option(help="all: one process tree. link, worker: the two halves.", envvar="FEDNNUNET_ROLE"),
     ] = Role.ALL,
     log_format: Annotated[
-        LogFormat | None, typer.Option(help="Lines for people, or one line of JSON for each event.")
+        logs.Format | None, typer.Option(help="Lines for people, or one line of JSON for each event.")
     ] = None,
     follow: Annotated[bool, typer.Option(help="Show here what the processes log; it lies in state/logs too.")] = True,
     end_with_parent: Annotated[bool, typer.Option(hidden=True, help="End when the starting process ends.")] = False,
@@ -84,14 +77,12 @@ def start(
     """Start the processes and keep them alive until Ctrl-C or SIGTERM."""
     from appliance import settings, supervisor
 
-    logs.errors_as(log_format.value if log_format else os.environ.get("FEDNNUNET_LOG_FORMAT", ""))
+    logs.errors_as(log_format or os.environ.get("FEDNNUNET_LOG_FORMAT", ""))
     console.require("appliance", "flwr", "nnunetv2", "torch")
     if end_with_parent:
         processes.end_with_parent()
-    loaded = settings.load(config, log_format=log_format.value if log_format else None)
-    logs.errors_as(loaded.log_format)
-    screen = logs.Screen(loaded.log_format)
-    logs.show_on(screen)
+    loaded = settings.load(config, log_format=log_format)
+    screen = logs.lead(loaded.log_format)
     logging.getLogger("fednnunet.appliance").info(
         "%s dials %s, data %s, logs %s", loaded.name, loaded.orchestrator, loaded.data, loaded.state / "logs"
     )

@@ -15,10 +15,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from federation import logs
 from federation.errors import Code, FednnunetError
 from federation.study import SITE_NAME
 
@@ -61,7 +62,7 @@ class Settings(BaseModel):
         0, ge=0, le=65535, description="Loopback port between supernode and link; 0: any that is free."
     )
     poll: float = Field(0.5, gt=0, le=10, description="Seconds between two looks for a new task.")
-    log_format: Literal["rich", "json"] = Field(
+    log_format: logs.Format = Field(
         "rich", description="What `appliance start` prints: lines for people, or one line of JSON for each event."
     )
     strict_mounts: bool = Field(
@@ -115,13 +116,13 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(Settings.model_fields, "default")
-    try:
-        found = file is not None and file.exists()
-    except PermissionError as error:
-        raise FednnunetError(Code.MOUNT_UNREADABLE, f"{file}: uid {os.geteuid()} may not look there") from error
-    if file is not None and found:
+    found = False
+    if file is not None:
         try:
             values.update(tomllib.loads(file.read_text(encoding="utf-8")))
+            found = True
+        except (FileNotFoundError, NotADirectoryError):
+            pass
         except PermissionError as error:
             raise FednnunetError(Code.MOUNT_UNREADABLE, f"{file}: uid {os.geteuid()} may not read it") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

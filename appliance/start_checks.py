@@ -21,7 +21,7 @@ from appliance.link import policy
 from appliance.settings import Settings
 from federation import console, signing
 from federation.errors import Code, FednnunetError
-from federation.processes import check_port, check_room
+from federation.processes import check_room
 
 Role = Literal["all", "link", "worker"]
 ENROLL = "Run `appliance enroll` with the coordinator's invitation."
@@ -56,8 +56,6 @@ def faults(settings: Settings, role: Role, machine: Machine) -> Iterator[Fednnun
     if role in ("all", "link"):
         yield from _keys(settings)
         yield from _caught(lambda: policy.load(settings.policy))
-        if settings.supernode_port:
-            yield from _caught(lambda: check_port("127.0.0.1", settings.supernode_port))
     if role in ("all", "worker"):
         yield from _data(settings)
         if settings.strict_mounts and settings.augmentation_processes != 0:
@@ -79,8 +77,6 @@ def _check_state(state: Path) -> None:
             f"On the host: chown -R {os.geteuid()}:{os.getegid()} FOLDER, and mount it without :ro.",
         )
     check_room(state)
-    if not os.access(state, os.W_OK):  # root may pass the first question on a read-only mount
-        raise FednnunetError(Code.DISK_FULL, f"state {state} is mounted read-only")
 
 
 def _keys(settings: Settings) -> Iterator[FednnunetError]:

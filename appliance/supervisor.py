@@ -14,7 +14,7 @@ from appliance import start_checks
 from appliance.settings import Settings
 from appliance.start_checks import Role
 from federation.logs import Shown
-from federation.processes import LEAN, Child, Lock, Supervisor, free_port, own_folders, stop_on_signals
+from federation.processes import LEAN, Child, Lock, Supervisor, check_port, free_port, own_folders, stop_on_signals
 
 
 def children(settings: Settings, config: Path | None, role: Role) -> list[Child]:
@@ -39,6 +39,8 @@ def run(settings: Settings, config: Path | None, role: Role, shown: Shown | None
     folder = settings.state / f"role-{role}"
     lock = Lock(folder)
     try:
+        if role != "worker" and settings.supernode_port:  # after the lock: whoever holds both is told as FNU-705
+            check_port("127.0.0.1", settings.supernode_port)
         os.environ.update(own_folders(settings.state, folder))
         Supervisor(children(settings, config, role), status=folder, shown=shown).run(stopped)
     finally:

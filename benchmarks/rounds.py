@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from federation.audit import read
 from federation.study import Study, parse
 from federation.tasks import parse_result
-from orchestrator.admin.phantom import make_phantom_sites
+from orchestrator.admin.phantom import make_phantom_sites, phantom_study
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
 COLUMNS = ("total", "down", "start", "train", "validation", "checkpoint", "other", "up", "aggregate")
@@ -83,20 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         sites = make_phantom_sites(Path(name) / "hospitals")
-        study = parse(
-            {
-                "name": "rounds",
-                "dataset": "Dataset300_PhantomFederation",
-                "sites": sorted(sites),
-                "channel_names": {"0": "synthetic"},
-                "labels": {"background": 0, "organ": 1, "lesion": 2},
-                "planner": "SmallUNetPlanner",
-                "fold": "all",
-                "rounds": arguments.rounds,
-                "iterations_per_epoch": arguments.iterations,
-                "validation_iterations_per_epoch": 4,
-            }
-        )
+        study = parse(phantom_study(sites, arguments.rounds, arguments.iterations) | {"name": "rounds"})
         simulation = Simulation(Path(name) / "state", sites, SiteOptions(threads=1))
         with simulation.running():
             simulation.conduct(study, Console(file=io.StringIO()))

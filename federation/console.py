@@ -18,7 +18,7 @@ _ADVICE = "What to do: "
 
 def show(error: FednnunetError) -> None:
     """Print an error on stderr: number and title, what was found, what to do; or a line of JSON (federation.logs)."""
-    if (line := logs.error_line(error.code.number, error.code.title, error.found, error.advice)) is not None:
+    if (line := logs.error_line(error)) is not None:
         print(line, file=sys.stderr, flush=True)
         return
     from rich.console import Console

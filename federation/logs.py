@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from federation.errors import FednnunetError
+
 Format = Literal["rich", "json"]
 LIMIT = 20 * 2**20
 _LINE = re.compile(
@@ -89,18 +91,15 @@ def stamp(seconds: float) -> str:
 
 
 class _Lines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        text = f"{stamp(record.created)} {record.levelname} {record.name}: {record.getMessage()}"
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        return text
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        return stamp(record.created)
 
 
 def configure() -> None:
     """A process that a supervisor follows: text lines to stderr."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)  # Flower's logger lets its debug lines through, several each second
-    handler.setFormatter(_Lines())
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
@@ -151,12 +150,12 @@ def errors_as(form: str) -> None:
     _errors = form
 
 
-def error_line(code: int, title: str, found: str, advice: str) -> str | None:
+def error_line(error: FednnunetError) -> str | None:
     """A numbered error as one line of JSON, where `errors_as` asked for it; else None."""
     if _errors != "json":
         return None
-    more: dict[str, str | int] = {"code": code, "found": found, "advice": advice}
-    return Event(now(), "ERROR", "supervisor", "fednnunet", f"FNU-{code} {title}", more).as_json()
+    more: dict[str, str | int] = {"code": error.code.number, "found": error.found, "advice": error.advice}
+    return Event(now(), "ERROR", "supervisor", "fednnunet", error.scrubbed(), more).as_json()
 
 
 class _ToScreen(logging.Handler):
@@ -165,15 +164,16 @@ class _ToScreen(logging.Handler):
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.exc_info:
-            message += "\n" + logging.Formatter().formatException(record.exc_info)
-        self._screen.show(Event(stamp(record.created), record.levelname, "supervisor", record.name, message))
+        event = Event(stamp(record.created), record.levelname, "supervisor", record.name, self.format(record))
+        self._screen.show(event)
 
 
-def show_on(screen: Screen) -> None:
-    """The supervisor: its own log goes to the screen too."""
+def lead(form: Format) -> Screen:
+    """The process of a supervisor: what it logs and its numbered errors are shown as its children's events are."""
+    errors_as(form)
+    screen = Screen(form)
     logging.basicConfig(level=logging.INFO, handlers=[_ToScreen(screen)])
+    return screen
 
 
 class Follower:

@@ -27,13 +27,6 @@ class Role(StrEnum):
     COORDINATOR = "coordinator"
 
 
-class LogFormat(StrEnum):
-    """What is printed."""
-
-    RICH = "rich"
-    JSON = "json"
-
-
 State = Annotated[Path, typer.Option(help="Folder made by `fednnunet federation init`.", envvar="FEDNNUNET_STATE")]
 
 
@@ -60,21 +53,19 @@ def start(
         typer.Option(help="all, or one of the two where each has a container.", envvar="FEDNNUNET_ROLE"),
     ] = Role.ALL,
     log_format: Annotated[
-        LogFormat,
+        logs.Format,
         typer.Option(help="Lines for people, or one line of JSON for each event.", envvar="FEDNNUNET_LOG_FORMAT"),
-    ] = LogFormat.RICH,
+    ] = "rich",
     follow: Annotated[bool, typer.Option(help="Show here what the processes log; it lies in state/logs too.")] = True,
     end_with_parent: Annotated[bool, typer.Option(hidden=True, help="End when the starting process ends.")] = False,
 ) -> None:
     """Start both processes and keep them alive until Ctrl-C or SIGTERM. A study that was under way goes on."""
     from orchestrator.server import Server
 
-    logs.errors_as(log_format.value)
+    screen = logs.lead(log_format)
     console.require("orchestrator", "flwr", "nnunetv2", "torch")
     if end_with_parent:
         processes.end_with_parent()
-    screen = logs.Screen(log_format.value)
-    logs.show_on(screen)
     server = Server(state.resolve(), fleet_host, fleet_port, control_host, control_port, poll, role.value)
     logging.getLogger("fednnunet.orchestrator").info(
         "hospitals' listener %s:%d, control listener %s:%d, logs %s",

@@ -133,9 +133,9 @@ def _refused(why: str) -> FednnunetError:
 def load(path: Path) -> Policy:
     """The policy of a file, the default where there is none; raises FNU-112 that names each fault."""
     try:
-        if not path.exists():
-            return Policy()
         return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return Policy()
     except PermissionError as error:
         raise FednnunetError(Code.MOUNT_UNREADABLE, f"policy {path}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -26,8 +26,7 @@ from orchestrator.admin.images import Engine, engine
 from orchestrator.admin.transfer import transfer
 from orchestrator.bundle import archive as archives
 from orchestrator.bundle import keys
-from orchestrator.bundle.description import Description, ImageConfig, Since
-from orchestrator.bundle.tarfiles import header
+from orchestrator.bundle.description import SUMS, Description, ImageConfig, Since
 from orchestrator.bundle.verify import (
     BundleBase,
     Front,
@@ -110,7 +109,7 @@ def save(
                 found = docker.image(reference)
                 if name not in found.references:
                     name = next(iter(found.references), f"sha256:{found.id}")
-                _spool(docker, name, archive)
+                _spool(docker, name, found.size, archive)
         image = stack.enter_context(archives.opened(archive, name))
         references = [] if name.startswith("sha256:") else [name]
         image.config.check_labels(reference)
@@ -191,7 +190,7 @@ def _size(description: Description) -> int:
 def _is_bundle(path: Path) -> bool:
     """Whether the file begins as a bundle does; what it holds is checked where it is read."""
     with open_file(path) as stream:
-        return stream.read(10) == header("SHA256SUMS", 0)[:10]
+        return stream.read(len(SUMS)) == SUMS.encode()
 
 
 @contextlib.contextmanager
@@ -210,7 +209,7 @@ def _installed_base(docker: Engine, since: Since) -> Iterator[LayerSource]:
     """The layers of the image that a bundle builds on, from the engine; raises FNU-144 where it is not there."""
     for reference in (f"sha256:{since.image}", *since.references):
         try:
-            docker.image(reference)
+            found = docker.image(reference)
         except FednnunetError as error:
             if error.code is not Code.IMAGE_UNKNOWN:
                 raise
@@ -223,7 +222,7 @@ def _installed_base(docker: Engine, since: Since) -> Iterator[LayerSource]:
     with tempfile.TemporaryDirectory(prefix="fednnunet-base-") as spool:
         path = Path(spool, "base.tar")
         with files.disk_errors(path):
-            _spool(docker, reference, path)
+            _spool(docker, reference, found.size, path)
         with archives.opened(path) as saved:
             yield ArchiveBase(saved)
 
@@ -250,8 +249,7 @@ def _since(old: str) -> Base:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def _spool(docker: Engine, reference: str, path: Path) -> None:
-    size = docker.image(reference).size
+def _spool(docker: Engine, reference: str, size: int, path: Path) -> None:
     with transfer("read", size) as advance:
         docker.save(reference, path, advance)
 

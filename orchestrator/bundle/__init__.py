@@ -21,9 +21,9 @@ Rules:
 - A bundle of changed layers (`since`) takes the others from a base. A base need not be trusted: each layer must hash to
   the diff id that the signed configuration names.
 
-A hospital checks the same with nothing of ours::
+A hospital checks the same with nothing of ours, in an empty folder, so that nothing unverified lies over its key::
 
-    tar xf BUNDLE
-    openssl pkeyutl -verify -pubin -inkey signer.pub -rawin -in SHA256SUMS -sigfile SHA256SUMS.sig
+    tar xf BUNDLE --directory check; cd check
+    openssl pkeyutl -verify -pubin -inkey ../signer.pub -rawin -in SHA256SUMS -sigfile SHA256SUMS.sig
     sha256sum -c SHA256SUMS
 """
