@@ -161,6 +161,7 @@ def error_line(error: FednnunetError) -> str | None:
 class _ToScreen(logging.Handler):
     def __init__(self, screen: Screen) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter())  # the message alone, and a traceback
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:

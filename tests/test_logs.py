@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,39 @@ def test_a_log_that_has_grown_is_kept_once_and_emptied(tmp_path: Path, monkeypat
     with open(log, "a") as stream:
         stream.write("more\n")
     assert [event.message for event in follower.read()] == ["more"]
+
+
+@pytest.mark.parametrize("form", ["rich", "json"])
+def test_a_supervisor_says_its_own_lines_and_errors_as_it_shows_its_childrens(form: str) -> None:
+    program = (
+        "import logging; from federation import console, logs; from federation.errors import Code, FednnunetError\n"
+        f"logs.lead({form!r}); log = logging.getLogger('fednnunet.appliance'); log.info('dials %s', 'x:1')\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError: log.exception('no')\n"
+        "console.show(FednnunetError(Code.DISK_FULL, '/state'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
+    if form == "json":
+        info, error = map(json.loads, done.stdout.splitlines())
+        assert (info["message"], info["process"], info["logger"]) == ("dials x:1", "supervisor", "fednnunet.appliance")
+        assert error["message"].startswith("no\nTraceback")
+        told = json.loads(done.stderr)
+        assert (told["code"], told["message"][:7], told["found"]) == (702, "FNU-702", "/state")
+    else:
+        assert done.stdout.splitlines()[0][8:] == " supervisor  INFO    dials x:1"
+        assert "ZeroDivisionError" in done.stdout
+        assert done.stderr.startswith("FNU-702 ")
+
+
+def test_a_childs_lines_are_read_back_as_they_were_said(tmp_path: Path) -> None:
+    program = (
+        "import logging; from federation import logs\n"
+        "logs.configure(); log = logging.getLogger('fednnunet.worker'); log.warning('round %d', 3)\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError: log.exception('no')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
+    warning, error = follow(tmp_path / "log", done.stderr)
+    assert (warning.level, warning.logger, warning.message) == ("WARNING", "fednnunet.worker", "round 3")
+    assert error.message.startswith("no\nTraceback")
+    assert error.message.endswith("ZeroDivisionError: division by zero")
