@@ -459,6 +459,7 @@ class Code(Enum):
     RUNS_AS_ROOT = (720, "The appliance runs as root", "Run it as an ordinary user.")
     MOUNT_UNREADABLE = (721, "A mount cannot be read", "Let the appliance's user read it.")
     NOT_RUNNING = (722, "Not all processes run", "Look at the log; the supervisor starts again what has ended.")
+    NOT_READY = (723, "The orchestrator runs but cannot do its work", "Mend what is named above; the log has more.")
 
     @property
     def number(self) -> int:

@@ -28,30 +28,29 @@ class Role(StrEnum):
 
 
 State = Annotated[Path, typer.Option(help="Folder made by `fednnunet federation init`.", envvar="FEDNNUNET_STATE")]
+FleetHost = Annotated[str, typer.Option(help="Address of the hospitals' listener.", envvar="FEDNNUNET_FLEET_HOST")]
+FleetPort = Annotated[int, typer.Option(help="Port of the hospitals' listener.", envvar="FEDNNUNET_FLEET_PORT")]
+ControlHost = Annotated[
+    str, typer.Option(help="Address of the control listener; keep it private.", envvar="FEDNNUNET_CONTROL_HOST")
+]
+ControlPort = Annotated[int, typer.Option(help="Port of the control listener.", envvar="FEDNNUNET_CONTROL_PORT")]
+WhichRole = Annotated[
+    Role, typer.Option(help="all, or one of the two where each has a container.", envvar="FEDNNUNET_ROLE")
+]
+_LOOPBACK, _FLEET, _CONTROL = "127.0.0.1", 8443, 8100
 
 
 @app.command()
 def start(
     state: State,
-    fleet_host: Annotated[
-        str, typer.Option(help="Address of the hospitals' listener.", envvar="FEDNNUNET_FLEET_HOST")
-    ] = "127.0.0.1",
-    fleet_port: Annotated[
-        int, typer.Option(help="Port of the hospitals' listener.", envvar="FEDNNUNET_FLEET_PORT")
-    ] = 8443,
-    control_host: Annotated[
-        str, typer.Option(help="Address of the control listener; keep it private.", envvar="FEDNNUNET_CONTROL_HOST")
-    ] = "127.0.0.1",
-    control_port: Annotated[
-        int, typer.Option(help="Port of the control listener.", envvar="FEDNNUNET_CONTROL_PORT")
-    ] = 8100,
+    fleet_host: FleetHost = _LOOPBACK,
+    fleet_port: FleetPort = _FLEET,
+    control_host: ControlHost = _LOOPBACK,
+    control_port: ControlPort = _CONTROL,
     poll: Annotated[
         float, typer.Option(help="Seconds between two looks of the coordinator.", envvar="FEDNNUNET_POLL")
     ] = 0.5,
-    role: Annotated[
-        Role,
-        typer.Option(help="all, or one of the two where each has a container.", envvar="FEDNNUNET_ROLE"),
-    ] = Role.ALL,
+    role: WhichRole = Role.ALL,
     log_format: Annotated[
         logs.Format,
         typer.Option(help="Lines for people, or one line of JSON for each event.", envvar="FEDNNUNET_LOG_FORMAT"),
@@ -75,11 +74,46 @@ def start(
 
 
 @app.command()
-def health(state: State) -> None:
+def health(
+    state: State,
+    role: WhichRole = Role.ALL,
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Also: do the listeners answer, do database and journals read.")
+    ] = False,
+    fleet_host: FleetHost = _LOOPBACK,
+    fleet_port: FleetPort = _FLEET,
+    control_host: ControlHost = _LOOPBACK,
+    control_port: ControlPort = _CONTROL,
+) -> None:
     """Say how the processes are, TAB between: name, pid, restarts, since. Exit status 17 when not all of them run."""
     from federation.health import ask, table
+    from orchestrator.server import Server
 
-    for line in table(ask([state, *(state / f"role-{role.value}" for role in Role)])):
+    server = Server(state, fleet_host, fleet_port, control_host, control_port, role=role.value)
+    found = ask(server.supervisors)
+    if role is not Role.ALL:  # one supervisor may run both
+        found = [process for process in found if process.name == role.value]
+    if ready:
+        from orchestrator import readiness
+
+        readiness.check(server)
+    for line in table(found):
+        typer.echo(line)
+
+
+@app.command()
+def selftest(
+    fleet: Annotated[str, typer.Option(help="HOST:PORT at which hospitals reach their listener.")],
+    control: Annotated[str, typer.Option(help="HOST:PORT of the control listener.")],
+    ca: Annotated[Path, typer.Option(help="The authority's ca.crt.")],
+    token: Annotated[Path, typer.Option(help="The file control.token.")],
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the round.")] = 120,
+) -> None:
+    """Ask a running orchestrator to do a round that asks no site, over its network; nothing stays of it."""
+    from orchestrator import selftest as test
+
+    console.require("orchestrator", "flwr")
+    for line in test.run(fleet, control, ca, token, timeout):
         typer.echo(line)
 
 

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation import files, signing, weights
-from federation.audit import read
+from federation import audit, files, signing, weights
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, check, merge, plan_tolerance, to_nnunet
 from federation.flower import clients
@@ -36,7 +35,7 @@ from federation.flower.runner import Run, RunLost, Stop, serve_runs
 from federation.study import KRUM, Study, parse
 from federation.tasks import Kind, Network, Plan, Preparation, Result, Task, Validation, Weights
 from federation.weights import TensorFile
-from orchestrator import model, planning, shared_export, stages
+from orchestrator import model, planning, selftest, shared_export, stages
 from orchestrator.admission import admit
 from orchestrator.aggregation.mean import Update
 from orchestrator.aggregation.robust import select
@@ -60,6 +59,7 @@ _PHASES = {
     Kind.VALIDATE: "validating",
     Kind.FINISH: "finishing",
 }
+_OF_A_START = ("opened", "asked", "interrupted")  # lines that a study which makes no progress writes too
 
 
 def _nothing(task: Task, result: Result, update: Path) -> dict[str, Any]:
@@ -537,9 +537,13 @@ class CoordinatorSettings:
 
 def drive(settings: CoordinatorSettings, run: Run) -> None:
     """Drive the study of one run to its end, or until the run is lost."""
+    if run.study_json == selftest.STUDY:
+        selftest.empty_round(settings.state, run, settings.signatures, settings.poll)
+        log.info("run %s: an empty round", run.run_id)
+        return
     study = parse(json.loads(run.study_json), f"run {run.run_id}")
     folder = settings.studies / study.id
-    journal = Journal(folder, study)
+    journal, shut_down = Journal(folder, study), False
     try:
         shutil.rmtree(folder / "incoming", ignore_errors=True)
         if journal.state.ended == "done" or run.submission in journal.state.failed_submissions:
@@ -559,6 +563,9 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
             raise numbered from error
         except (RunLost, clients.HTTPError):
             raise
+        except Stop:
+            shut_down = True
+            raise
         except Exception as error:  # a fault of ours: said once, in full, instead of a coordinator that dies for ever
             log.exception("study %s", study.id[:12])
             failed = FednnunetError(Code.STUDY_FAILED, f"{type(error).__name__}: {error} (traceback in the log)")
@@ -566,6 +573,8 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
             raise failed from error
     finally:
         journal.close()
+        if shut_down:  # SIGTERM may have come in the middle of a line, so the file is opened anew
+            audit.append(folder / "journal.jsonl", "interrupted", run=run.run_id)
 
 
 def unfinished(settings: CoordinatorSettings) -> list[Study]:
@@ -625,6 +634,6 @@ def main(settings: CoordinatorSettings) -> None:
 def _progress(settings: CoordinatorSettings) -> str:
     """Changes when any study's journal has grown by more than the lines of a restart."""
     return ",".join(
-        str(sum(line["event"] not in ("opened", "asked") for line in read(path)))
+        str(sum(line["event"] not in _OF_A_START for line in audit.read(path)))
         for path in sorted(settings.studies.glob("*/journal.jsonl"))
     )

@@ -46,6 +46,11 @@ class Server:
         """The authority's files."""
         return Authority(self.state / "authority")
 
+    @property
+    def database(self) -> Path:
+        """The SuperLink's database."""
+        return self.state / "superlink.db"
+
     def arguments(self) -> list[str]:
         """These settings as command-line arguments of `python -m orchestrator`."""
         return [
@@ -66,6 +71,12 @@ class Server:
             for role in ROLES
             if self.role in ("all", role)
         ]
+
+    @property
+    def supervisors(self) -> list[Path]:
+        """Where the supervisors that may run this role have their locks."""
+        roles = [self.state / f"role-{role}" for role in ROLES if self.role in ("all", role)]
+        return [self.state, *roles]
 
     @property
     def lock_folder(self) -> Path:
@@ -116,7 +127,7 @@ def superlink(server: Server) -> None:
             authority.key,
             authority.secret,
             authority.token,
-            server.state / "superlink.db",
+            server.database,
         ),
         Listener(server.fleet_host, server.fleet_port),
         Listener(server.control_host, server.control_port),
