@@ -51,6 +51,12 @@ def start(
         float, typer.Option(help="Seconds between two looks of the coordinator.", envvar="FEDNNUNET_POLL")
     ] = 0.5,
     role: WhichRole = Role.ALL,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address of the metrics for Prometheus.", envvar="FEDNNUNET_METRICS_HOST")
+    ] = _LOOPBACK,
+    metrics_port: Annotated[
+        int, typer.Option(help="Their port, beside the coordinator; 0: none.", envvar="FEDNNUNET_METRICS_PORT")
+    ] = 0,
     log_format: Annotated[
         logs.Format,
         typer.Option(help="Lines for people, or one line of JSON for each event.", envvar="FEDNNUNET_LOG_FORMAT"),
@@ -65,10 +71,13 @@ def start(
     console.require("orchestrator", "flwr", "nnunetv2", "torch")
     if end_with_parent:
         processes.end_with_parent()
-    server = Server(state.resolve(), fleet_host, fleet_port, control_host, control_port, poll, role.value)
+    if metrics_port:
+        console.require("orchestrator", "prometheus_client")
+    listeners = (fleet_host, fleet_port, control_host, control_port)
+    server = Server(state.resolve(), *listeners, poll, role.value, metrics_host, metrics_port)
     logging.getLogger("fednnunet.orchestrator").info(
         "hospitals' listener %s:%d, control listener %s:%d, logs %s",
-        *(fleet_host, fleet_port, control_host, control_port, server.state / "logs"),
+        *(*listeners, server.state / "logs"),
     )
     server.run(screen.show if follow else None)
 
@@ -92,7 +101,7 @@ def health(
     server = Server(state, fleet_host, fleet_port, control_host, control_port, role=role.value)
     found = ask(server.supervisors)
     if role is not Role.ALL:  # one supervisor may run both
-        found = [process for process in found if process.name == role.value]
+        found = [process for process in found if process.name not in set(Role) - {role}]
     if ready:
         from orchestrator import readiness
 

@@ -1,4 +1,4 @@
-"""The orchestrator's two processes: the SuperLink with its two listeners, and the coordinator."""
+"""The orchestrator's processes: the SuperLink with its two listeners, the coordinator, and metrics where asked for."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Server:
         Seconds between two looks of the coordinator.
     role : str
         superlink or coordinator, each in a container of its own, or all.
+    metrics_host, metrics_port : str, int
+        Where Prometheus may scrape, beside the coordinator; port 0: nowhere.
     """
 
     state: Path
@@ -40,6 +42,8 @@ class Server:
     control_port: int = 8100
     poll: float = 0.5
     role: str = "all"
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
 
     @property
     def authority(self) -> Authority:
@@ -57,19 +61,22 @@ class Server:
             *("--state", str(self.state), "--fleet-host", self.fleet_host, "--fleet-port", str(self.fleet_port)),
             *("--control-host", self.control_host, "--control-port", str(self.control_port)),
             *("--poll", str(self.poll)),
+            *("--metrics-host", self.metrics_host, "--metrics-port", str(self.metrics_port)),
         ]
 
     def children(self) -> list[Child]:
-        """The two processes, in the order of their start."""
+        """The processes of this role, in the order of their start."""
+        names = [role for role in ROLES if self.role in ("all", role)]
+        if self.metrics_port and self.role != "superlink":
+            names.append("metrics")
         return [
             Child(
-                role,
-                [sys.executable, "-m", "orchestrator", role, *self.arguments()],
-                self.state / "logs" / f"{role}.log",
+                name,
+                [sys.executable, "-m", "orchestrator", name, *self.arguments()],
+                self.state / "logs" / f"{name}.log",
                 {"FLWR_HOME": str(self.state / "flower"), **LEAN},
             )
-            for role in ROLES
-            if self.role in ("all", role)
+            for name in names
         ]
 
     @property
@@ -99,6 +106,8 @@ class Server:
         if self.role != "coordinator":
             check_port(self.fleet_host, self.fleet_port)
             check_port(self.control_host, self.control_port)
+        if self.metrics_port and self.role != "superlink":
+            check_port(self.metrics_host, self.metrics_port)
 
     def run(self, shown: Shown | None = None) -> None:
         """Check, start, keep alive until SIGTERM or SIGINT; `shown` takes what the processes log."""
@@ -141,3 +150,10 @@ def coordinator(server: Server) -> None:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     process.main(process.CoordinatorSettings(server.state, f"{server.control_host}:{server.control_port}", server.poll))
+
+
+def metrics(server: Server) -> None:
+    """Serve metrics."""
+    from orchestrator.metrics import serve
+
+    serve(server.state, server.database, server.metrics_host, server.metrics_port)

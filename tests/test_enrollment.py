@@ -564,6 +564,16 @@ def test_a_second_invitation_withdraws_the_first_and_only_its_token_hash_is_kept
         invite(state)
 
 
+def test_an_invitation_on_stdout_is_the_invitation_alone(state: Path, tmp_path: Path) -> None:
+    """So it leaves a pod by `kubectl exec ... >FILE`, and lies on no disk there."""
+    where = ("--state", state, "--orchestrator", ENDPOINT, "--output", "-")
+    done = good(command(FEDNNUNET, "site", "invite", SITE, *where, cwd=tmp_path))
+    (tmp_path / "file").write_text(done.out)
+    assert Invitation.read(enrollment.read_capped(tmp_path / "file", Code.INVITATION_INVALID)).site == SITE
+    assert "compare over the phone" in done.err
+    assert not (tmp_path / "-").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "..", "/etc/passwd", "a/b", "A", "", "a\n", "a\x00", "x" * 64, ".lock", "a.json", "ä"]
 )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,20 @@ class Pod:
     state: Path
     fleet: int
     control: int
+    metrics: int
 
     @property
     def ports(self) -> tuple[object, ...]:
         return ("--state", self.state, "--fleet-port", self.fleet, "--control-port", self.control)
 
     def start(self, role: str) -> subprocess.Popen[str]:
-        return begin(ORCHESTRATOR, "start", *self.ports, "--role", role, "--poll", 0.1, cwd=self.state)
+        more = ("--role", role, "--poll", 0.1, "--metrics-port", self.metrics)
+        return begin(ORCHESTRATOR, "start", *self.ports, *more, cwd=self.state)
+
+    def scraped(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
     def health(self, *arguments: object) -> Done:
         return command(ORCHESTRATOR, "health", *self.ports, *arguments, cwd=self.state)
@@ -94,7 +102,7 @@ def running(pod: Pod) -> Iterator[dict[str, subprocess.Popen[str]]]:
 @pytest.fixture
 def pod(tmp_path: Path, no_process_left: None) -> Pod:
     create(tmp_path / "state" / "authority", ["orchestrator.example.org", "127.0.0.1"])
-    return Pod(tmp_path / "state", free_port(), free_port())
+    return Pod(tmp_path / "state", free_port(), free_port(), free_port())
 
 
 def not_ready(server: Server) -> str:
@@ -107,8 +115,8 @@ def not_ready(server: Server) -> str:
 def test_an_empty_round_readiness_by_role_and_a_study_that_a_shutdown_interrupts(pod: Pod, tmp_path: Path) -> None:
     refused(pod.health(), 722, "no supervisor")
     with running(pod) as started:
-        for role in ("superlink", "coordinator"):
-            assert [line.split("\t")[0] for line in good(pod.health("--role", role)).out.splitlines()] == [role]
+        for role, processes in (("superlink", ["superlink"]), ("coordinator", ["coordinator", "metrics"])):
+            assert [line.split("\t")[0] for line in good(pod.health("--role", role)).out.splitlines()] == processes
         first = good(pod.selftest()).out.splitlines()
         assert [line.partition("\t")[0] for line in first] == ["ok"] * 5
         assert "empty round" in first[-1]
@@ -130,7 +138,12 @@ def test_an_empty_round_readiness_by_role_and_a_study_that_a_shutdown_interrupts
         wait_for(lambda: audit.read(journal)[-1].get("phase") == "enrolling", 30, "the study waits for its site")
         busy = good(pod.selftest()).out.splitlines()
         assert busy[-1].startswith("left out\t")
-        assert good(pod.health("--ready")).out.count("\n") == 2
+        assert good(pod.health("--ready")).out.count("\n") == 3
+        label = f'study="{journal.parent.name[:16]}"'
+        seen = pod.scraped()
+        assert seen[f'fednnunet_study_phase{{name="small",phase="enrolling",{label}}}'] == 1
+        assert seen[f"fednnunet_study_rounds{{{label}}}"] == 2
+        assert seen[f"fednnunet_journal_lines_total{{{label}}}"] == len(audit.read(journal))
 
         started["coordinator"].send_signal(signal.SIGTERM)
         assert end(started["coordinator"], 60).status == 0

@@ -30,7 +30,9 @@ def invite(
     state: State,
     orchestrator: Annotated[str, typer.Option(help="HOST:PORT that the hospital will dial.")],
     days: Annotated[float, typer.Option(help="Days that the invitation is valid.")] = 7,
-    output: Annotated[Path | None, typer.Option(help="File to write.", show_default="NAME.invitation.json")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; - for stdout.", show_default="NAME.invitation.json")
+    ] = None,
 ) -> None:
     """Write an invitation for a hospital: to be used once. An earlier one that was not used is withdrawn."""
     from federation import endpoint, files
@@ -40,14 +42,20 @@ def invite(
     from orchestrator.enrollment.record import recorded
 
     path = output or Path(f"{name}.invitation.json")
-    if path.exists():
+    shown = path == Path("-")
+    if path.exists() and not shown:
         raise FednnunetError(Code.STATE_NOT_READY, f"{path} is there already", "Choose another --output, or move it.")
     endpoint.split(orchestrator)
     with recorded(state, "site invite", site=name):
         invitation = Invitations(state).give(name, orchestrator, days)
-        files.write_new(path, invitation.file(), 0o600)
-    typer.echo(f"wrote {path}, valid until {invitation.not_after}; send it to {name}: it is a secret until it is used")
-    typer.echo(f"your key, for the hospital to compare over the phone: {fingerprint(invitation.coordinator.encode())}")
+        if shown:
+            typer.echo(invitation.file().decode(), nl=False)
+        else:
+            files.write_new(path, invitation.file(), 0o600)
+    told = f"{'an invitation' if shown else f'wrote {path}'}, valid until {invitation.not_after}"
+    typer.echo(f"{told}; send it to {name}: it is a secret until it is used", err=shown)
+    words = fingerprint(invitation.coordinator.encode())
+    typer.echo(f"your key, for the hospital to compare over the phone: {words}", err=shown)
 
 
 @site.command()

@@ -46,22 +46,14 @@ capabilities:
 {{- end }}
 
 {{/* What every pod of this chart has in common at its end. */}}
-{{- define "scheduling" }}
-{{- with .Values.imagePullSecrets }}
-imagePullSecrets:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .Values.nodeSelector }}
+{{- define "scheduling" -}}
 nodeSelector:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .Values.tolerations }}
+  {{- toYaml .Values.nodeSelector | nindent 2 }}
 tolerations:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .Values.priorityClassName }}
-priorityClassName: {{ . }}
-{{- end }}
+  {{- toYaml .Values.tolerations | nindent 2 }}
+imagePullSecrets:
+  {{- toYaml .Values.imagePullSecrets | nindent 2 }}
+priorityClassName: {{ .Values.priorityClassName | quote }}
 {{- end }}
 
 {{/* State, authority (the demo's lies in the state) and temporary files, as every container of the pod has them. */}}
