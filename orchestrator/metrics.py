@@ -76,7 +76,7 @@ class _Study:
                 self.refused[site, number[1] if number else ""] += 1
             case "closed":
                 self.seconds["exchange"] += line["seconds"]
-                self.missing.update(line["missing"])
+                self.missing.update(list(line["missing"]))
             case "weights" if line["round"]:
                 self.seconds["aggregate"] += line.get("seconds", 0.0)
                 self.done[line["fold"]] = line["round"]
