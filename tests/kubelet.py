@@ -74,6 +74,7 @@ class Node:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.pods: dict[str, Pod] = {}
+        self._one = threading.Lock()
         self._objects: dict[tuple[str, str], Mapping[str, Any]] = {}
         self.stop()
         docker("network", "create", "--internal", name)
@@ -159,7 +160,10 @@ class Node:
                 if kind in container
             )
 
-        wait_for(good, timeout, f"{name} is ready: {self.logs(name)}")
+        try:
+            wait_for(good, timeout, f"{name} is ready")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs(name)[-4000:]}") from None
 
     def execute(
         self, name: str, container: str, *command: object, check: bool = True
@@ -269,9 +273,10 @@ class Node:
     def claim(self, name: str) -> Path:
         """The folder behind a claim."""
         folder = self.folder / "claims" / name
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            _own(folder)
+        with self._one:  # several pods of one claim start at once
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                _own(folder)
         return folder
 
     def _probe(self, pod: Pod, container: Mapping[str, Any], probe: Mapping[str, Any]) -> bool:
