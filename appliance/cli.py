@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from appliance import config_commands, enroll_commands, ledger_commands, study_commands
+from appliance import config_commands, enroll_commands, ledger_commands, predict_command, study_commands
 from federation import console, logs, processes
 
 app = typer.Typer(
@@ -103,6 +103,7 @@ def health(config: Config = Path("/config/site.toml")) -> None:
 
 app.add_typer(ledger_commands.app, name="ledger")
 app.add_typer(config_commands.app, name="config")
+app.command()(predict_command.predict)
 enroll_commands.register(app)
 study_commands.register(app)
 

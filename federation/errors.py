@@ -194,6 +194,21 @@ class Code(Enum):
     BUNDLE_UNSIGNED = (155, "The bundle is not signed", "Sign it with `fednnunet image sign`, where the key is kept.")
 
     # 2xx: a site's dataset
+    MODEL_UNUSABLE = (
+        156,
+        "The model cannot be used",
+        "Give nnU-Net's folder TRAINER__PLANS__CONFIGURATION, a folder that holds a single one, or an exported zip.",
+    )
+    NOTHING_TO_PREDICT = (
+        157,
+        "There is no image to predict",
+        "Give the folder that holds CASE_0000.nii.gz (and _0001, ... for further channels).",
+    )
+    PREDICTED_OTHERWISE = (
+        158,
+        "The output folder holds predictions that were made otherwise",
+        "Give another folder; or --overwrite, which removes those predictions.",
+    )
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
     DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
     CHANNELS_DIFFER = (203, "The channels differ from the study's", "Agree on channel_names with the coordinator.")
@@ -319,6 +334,12 @@ class Code(Enum):
     )
     BASE_MISSING = (408, "The site lacks the weights that a difference refers to", "Nothing: they are sent in full.")
     CANCELLED = (409, "The task was cancelled", "Nothing, if the study was stopped on purpose.")
+    PREDICTION_FAILED = (410, "A case could not be predicted", "Mend what the reason names; the same command goes on.")
+    NOT_ALL_PREDICTED = (
+        411,
+        "Not every image has a prediction",
+        "Mend what the reasons name and give the same command again: it does what is missing.",
+    )
 
     # 5xx: rounds and the journal
     SITE_NEVER_APPEARED = (

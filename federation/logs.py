@@ -50,7 +50,7 @@ class Event:
     level : str
         As logging names it.
     process : str
-        supervisor, supernode, link, worker, superlink or coordinator.
+        supervisor, supernode, link, worker, superlink, coordinator, metrics or predict.
     logger : str
         Who said it; `output` for what was printed.
     message : str
@@ -159,21 +159,21 @@ def error_line(error: FednnunetError) -> str | None:
 
 
 class _ToScreen(logging.Handler):
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Screen, process: str) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter())  # the message alone, and a traceback
-        self._screen = screen
+        self._screen, self._process = screen, process
 
     def emit(self, record: logging.LogRecord) -> None:
-        event = Event(stamp(record.created), record.levelname, "supervisor", record.name, self.format(record))
+        event = Event(stamp(record.created), record.levelname, self._process, record.name, self.format(record))
         self._screen.show(event)
 
 
-def lead(form: Format) -> Screen:
-    """The process of a supervisor: what it logs and its numbered errors are shown as its children's events are."""
+def lead(form: Format, process: str = "supervisor") -> Screen:
+    """The process that a person or a cluster watches: what it logs and its numbered errors are shown as events."""
     errors_as(form)
     screen = Screen(form)
-    logging.basicConfig(level=logging.INFO, handlers=[_ToScreen(screen)])
+    logging.basicConfig(level=logging.INFO, handlers=[_ToScreen(screen, process)])
     return screen
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import pickle
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -58,6 +60,33 @@ def trainer_class(name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, RuntimeError) as error:
         raise FednnunetError(Code.TRAINER_UNKNOWN, f"{name} cannot be imported: {error}") from error
+
+
+def build_network(trainer: Any, manager: Any, configuration: Any, channels: int, heads: int, deep: bool) -> Any:
+    """A trainer class's network (`nnUNetTrainer.initialize`, `nnUNetPredictor.initialize_from_trained_model_folder`).
+
+    Parameters
+    ----------
+    trainer : type
+        The trainer's class.
+    manager, configuration : PlansManager, ConfigurationManager
+        nnU-Net's view of the plans.
+    channels, heads : int
+        Channels of the input, and of the output.
+    deep : bool
+        With the heads of deep supervision: for training.
+    """
+    build = trainer.build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(manager, configuration, channels, heads, enable_deep_supervision=deep)
+    return build(  # a trainer that nnU-Net 2.8 still takes with the older signature
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        channels,
+        heads,
+        enable_deep_supervision=deep,
+    )
 
 
 def plain_network(network: Any) -> Any:
@@ -177,6 +206,24 @@ def checkpoint(
         "trainer_name": study.trainer,
         "inference_allowed_mirroring_axes": mirroring_axes,
     }
+
+
+BAD_CHECKPOINT = (OSError, EOFError, RuntimeError, pickle.UnpicklingError)
+"""What `load_checkpoint` raises for a file that is none, is cut off, or names code."""
+
+
+def load_checkpoint(torch: Any, path: Path) -> dict[str, Any]:
+    """A checkpoint of nnU-Net's or of ours, on the CPU: tensors, plain types and NumPy's numbers, and no code.
+
+    NumPy's numbers, under two names of NumPy's, are what nnU-Net keeps in `logging`. `torch` is the module. Raises
+    `BAD_CHECKPOINT`.
+    """
+    number = np.float64(0).__reduce__()[0]
+    harmless: list[Any] = [number, (number, "numpy.core.multiarray.scalar"), np.dtype]
+    harmless += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    with torch.serialization.safe_globals(harmless):
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
 
 
 def plain(value: Any) -> Any:

@@ -59,17 +59,22 @@ _LOOKED_UP = {
 
 
 def check_plans(plans: Mapping[str, Any], study: Study) -> None:
-    """Refuse plans that name anything but nnU-Net's own.
+    """Refuse plans that name anything but nnU-Net's own, or another dataset than the study's.
 
     Raises FNU-303 when the configuration is missing and FNU-305 when something in them is not acceptable.
     """
+    check_names(plans, study.configuration)
+    if plans.get("dataset_name") != study.dataset:
+        raise _refused("dataset_name", plans.get("dataset_name"))
+
+
+def check_names(plans: Mapping[str, Any], configuration: str) -> None:
+    """Refuse plans of any dataset that name anything but nnU-Net's own; raises as `check_plans`."""
     configurations = plans.get("configurations")
     if not isinstance(configurations, Mapping) or not all(isinstance(e, Mapping) for e in configurations.values()):
         raise _refused("configurations", configurations)
-    if study.configuration not in configurations:
-        raise FednnunetError(Code.CONFIGURATION_MISSING, f"{study.configuration}; planned: {', '.join(configurations)}")
-    if plans.get("dataset_name") != study.dataset:
-        raise _refused("dataset_name", plans.get("dataset_name"))
+    if configuration not in configurations:
+        raise FednnunetError(Code.CONFIGURATION_MISSING, f"{configuration}; planned: {', '.join(configurations)}")
     names = [plans.get("plans_name")]
     names += [entry["data_identifier"] for entry in configurations.values() if "data_identifier" in entry]
     for name in names:

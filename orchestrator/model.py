@@ -213,8 +213,6 @@ def _in_child(
 
 def build_network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], study: Study) -> Any:
     """The study's network on the CPU, as its trainer builds it (`nnUNetTrainer.initialize`)."""
-    import inspect
-
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -224,17 +222,7 @@ def build_network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], stu
     configuration = manager.get_configuration(study.configuration)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
-    build = trainer.build_network_architecture
-    if "plans_manager" in inspect.signature(build).parameters:
-        return build(manager, configuration, channels, heads, enable_deep_supervision=True)
-    return build(  # a trainer that nnU-Net 2.8 still takes with the older signature
-        configuration.network_arch_class_name,
-        configuration.network_arch_init_kwargs,
-        configuration.network_arch_init_kwargs_req_import,
-        channels,
-        heads,
-        enable_deep_supervision=True,
-    )
+    return native.build_network(trainer, manager, configuration, channels, heads, deep=True)
 
 
 def _seed(seed: int) -> None:
@@ -267,22 +255,14 @@ def _check_pretrained(checkpoint: Path, study: Study) -> None:
 
 def _take_pretrained(network: Any, checkpoint: Path, copy: Path) -> None:
     """nnU-Net's `load_pretrained_weights` on a copy that holds tensors alone; raises FNU-111."""
-    import pickle
-
-    import numpy as np
     import torch
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
-    # what nnU-Net's own checkpoints hold beside tensors: NumPy's numbers in `logging`, under two names of NumPy's
-    number = np.float64(0).__reduce__()[0]
-    harmless: list[Any] = [number, (number, "numpy.core.multiarray.scalar"), np.dtype]
-    harmless += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
     try:
-        with torch.serialization.safe_globals(harmless):
-            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        loaded = native.load_checkpoint(torch, checkpoint)
         torch.save({"network_weights": loaded["network_weights"]}, copy)
         load_pretrained_weights(network, str(copy))
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, AssertionError, pickle.UnpicklingError) as error:
+    except (*native.BAD_CHECKPOINT, KeyError, TypeError, AssertionError) as error:
         reason = str(error).strip().splitlines() or [repr(error)]
         raise FednnunetError(Code.PRETRAINED_UNREADABLE, f"{checkpoint}: {reason[0][:500]}") from error
 
