@@ -3,7 +3,7 @@
 Rules:
 
 - nnU-Net's own functions preprocess, predict and export, in the order and with the arguments of `nnUNetv2_predict`: the
-  files are the same bytes.
+  files are the same bytes. (Probabilities differ in the last bit where another number of threads computes them.)
 - Preprocessing of the next cases, prediction, and export of the last ones overlap in processes of their own (spawned,
   since a process that has used CUDA must not be forked); with 0 of them all happens in this process, and no /dev/shm is
   needed. Arrays go through pipes.
@@ -16,7 +16,9 @@ Rules:
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
@@ -25,12 +27,11 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot, determine_num_input_channels
@@ -298,6 +300,7 @@ class _Job:
     plans: dict[str, Any]
     dataset_json: dict[str, Any]
     configuration: str
+    threads: int
 
 
 _job: _Job
@@ -331,7 +334,9 @@ def _export(logits: np.ndarray[Any, Any], properties: dict[str, Any], target: st
     started = time.perf_counter()
     manager = PlansManager(_job.plans)
     configured = manager.get_configuration(_job.configuration)
-    export_prediction_from_logits(logits, properties, configured, manager, _job.dataset_json, target, probabilities)
+    export_prediction_from_logits(
+        logits, properties, configured, manager, _job.dataset_json, target, probabilities, _job.threads
+    )
     return time.perf_counter() - started
 
 
@@ -374,7 +379,16 @@ def predict(options: Options, started: float) -> Summary:
         Of the whole batch. Raises the numbered errors of bad input before anything is written, and FNU-703 where a
         process was killed; failures of single cases are in the summary.
     """
-    _hear_sigterm()
+    with contextlib.redirect_stdout(_Nowhere()):  # nnU-Net prints about every case
+        return _predict(options, started)
+
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _predict(options: Options, started: float) -> Summary:
     with model_folder(options.model) as folder:
         model = load(folder, options)
     everything = cases(options.inputs, model.settings.file_ending)
@@ -434,6 +448,7 @@ class _Work:
             predictor.plans_manager.plans,
             predictor.dataset_json,
             self._settings.name.rpartition("__")[2],
+            self._options.threads or default_num_processes,
         )
         _begin(job)
         before, after = self._options.beside
@@ -533,17 +548,5 @@ def _ended(executor: concurrent.futures.Executor) -> Iterator[concurrent.futures
         for process in processes:
             process.kill() if sys.exc_info()[0] is not None else None
         for process in processes:
-            with suppress(AssertionError):
+            with contextlib.suppress(AssertionError):
                 process.join(30)
-
-
-def _hear_sigterm() -> None:
-    """A pod that is moved: nothing half is kept, the next start goes on."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-
-    def stop(*_: object) -> None:
-        log.info("ended by SIGTERM: the same command goes on with what is missing")
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, stop)

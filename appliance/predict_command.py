@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -137,6 +139,7 @@ def predict(
         threads=threads,
         overwrite=overwrite,
     )
+    _hear_sigterm()
     summary = inference.predict(options, started)
     _show(summary, log_format)
     (own,) = (report for report in summary.shards if report.index == part.index)
@@ -171,3 +174,13 @@ def _show(summary: object, log_format: logs.Format) -> None:
     for row in rest:
         if len(row) != len(head):
             console.print("  ".join(row), soft_wrap=True, markup=False)
+
+
+def _hear_sigterm() -> None:
+    """A pod that is moved: nothing half is kept, the next start goes on."""
+
+    def stop(*_: object) -> None:
+        logging.getLogger("fednnunet.predict").info("ended by SIGTERM: the same command goes on with what is missing")
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)
