@@ -7,6 +7,7 @@ Rules:
 - Preprocessing of the next cases, prediction, and export of the last ones overlap in processes of their own (spawned,
   since a process that has used CUDA must not be forked); with 0 of them all happens in this process, and no /dev/shm is
   needed. Arrays go through pipes.
+- A file that is cut short is refused: its reader would fill it up with zeros, and nnU-Net predict on them.
 - A case that cannot be read or predicted is a failure of its own: the others go on. What breaks the machine (a process
   that was killed, a GPU that does not answer) ends the shard: a new start goes on.
 - A model may come from anywhere: its checkpoints are loaded as tensors and plain types alone, its plans may name what
@@ -46,6 +47,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from appliance.batch import Case, Failure, Outputs, PredictionSettings, Report, Shard, Summary, cases, mine
+from appliance.worker import nifti
 from federation import files, native
 from federation.errors import Code, FednnunetError
 from federation.plans import check_names
@@ -315,9 +317,36 @@ def _begin(job: _Job) -> None:
         torch.set_num_threads(1)
 
 
-def _preprocess(images: tuple[str, ...], previous: str | None) -> tuple[np.ndarray[Any, Any], dict[str, Any], float]:
-    """As nnU-Net's `preprocess_fromfiles_save_to_queue`: data (float32: channels, z, y, x), properties, seconds."""
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class _Prepared:
+    """A case that is ready for the network.
+
+    Attributes
+    ----------
+    data : ndarray of float32, shape (channels, z, y, x)
+        What nnU-Net's preprocessing makes of the images.
+    properties : dict
+        What its export asks for.
+    not_finite : int
+        Voxels that were NaN or infinite; the reader has made zeros of them.
+    seconds : float
+        How long it took.
+    """
+
+    data: np.ndarray[Any, Any]
+    properties: dict[str, Any]
+    not_finite: int
+    seconds: float
+
+
+def _preprocess(images: tuple[str, ...], previous: str | None) -> _Prepared:
+    """As nnU-Net's `preprocess_fromfiles_save_to_queue`, for one case; raises FNU-210 for a file that is cut short."""
+    started, not_finite = time.perf_counter(), 0
+    for image in images:
+        try:
+            not_finite += nifti.count_not_finite(Path(image))
+        except nifti.DamagedFile as error:
+            raise FednnunetError(Code.FILE_UNREADABLE, f"{Path(image).name}: {error}") from error
     manager = PlansManager(_job.plans)
     configured = manager.get_configuration(_job.configuration)
     data, seg, properties = configured.preprocessor_class(verbose=False).run_case(
@@ -326,7 +355,8 @@ def _preprocess(images: tuple[str, ...], previous: str | None) -> tuple[np.ndarr
     if previous is not None:
         labels = manager.get_label_manager(_job.dataset_json).foreground_labels
         data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
-    return np.ascontiguousarray(data, dtype=np.float32), properties, time.perf_counter() - started
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    return _Prepared(data, properties, not_finite, time.perf_counter() - started)
 
 
 def _export(logits: np.ndarray[Any, Any], properties: dict[str, Any], target: str, probabilities: bool) -> float:
@@ -466,12 +496,15 @@ class _Work:
                     break
                 case, future = coming.popleft()
                 with self._case(case):
-                    data, properties, took = future.result()
-                    self._seconds["preprocess"] += took
-                    begun = time.perf_counter()
-                    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+                    prepared: _Prepared = future.result()
+                    del future
+                    self._seconds["preprocess"] += prepared.seconds
+                    if prepared.not_finite:
+                        log.warning("%s: %d voxels are no number: read as 0", case.name, prepared.not_finite)
+                    begun, properties = time.perf_counter(), prepared.properties
+                    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(prepared.data))
                     logits = logits.cpu().detach().numpy()
-                    del data
+                    del prepared
                     self._seconds["predict"] += time.perf_counter() - begun
                     target = str(self._outputs.partial(self._options.shard) / case.name)
                     sent = exporting.submit(_export, logits, properties, target, self._settings.probabilities)
