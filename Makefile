@@ -19,7 +19,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-containers test-fresh lint format benchmark docs lock base-image wheelhouse image \
+.PHONY: help demo test test-long test-containers test-charts helm-tools test-fresh lint format benchmark docs lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -35,8 +35,14 @@ test: $(READY) ## unit tests and whole federations on this machine (about 15 min
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m long --durations=10 $(PYTEST_ARGS)
 
-test-containers: $(READY) image ## real images, compose federations and bundles (needs a running Docker engine)
+test-containers: $(READY) image helm-tools ## real images, compose federations, pods, bundles (needs a running Docker engine)
 	@$(BIN)/python -m pytest -m containers --durations=10 $(PYTEST_ARGS)
+
+test-charts: $(READY) helm-tools ## helm 3 and 4 lint and render, schemas, policies, references (no cluster needed)
+	@$(BIN)/python -m pytest -m charts --durations=10 $(PYTEST_ARGS)
+
+helm-tools: $(READY) ## fetch helm 3 and 4, kubectl and the checkers into build/helm
+	@PYTHON=$(BIN)/python helm/tools.sh
 
 test-fresh: ## the README's two commands, by an ordinary user in a bare Debian container (half an hour; needs a Docker engine)
 	@images/fresh.sh

@@ -53,7 +53,7 @@ priorityClassName: {{ .Values.priorityClassName | quote }}
 
 {{/* The Job's name changes with what it does: a Job's template cannot be changed, another Job takes its place. */}}
 {{- define "job" -}}
-{{ .Release.Name | trunc 45 | trimSuffix "-" }}-{{ omit .Values "networkPolicy" | toJson | sha256sum | trunc 8 }}
+{{ .Release.Name | trunc 45 | trimSuffix "-" }}-{{ include "job.spec" . | sha256sum | trunc 8 }}
 {{- end }}
 
 {{/* One volume for each claim, however many folders of it are used. */}}
