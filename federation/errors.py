@@ -209,6 +209,14 @@ class Code(Enum):
         "The output folder holds predictions that were made otherwise",
         "Give another folder; or --overwrite, which removes those predictions.",
     )
+    CLUSTER_UNREACHABLE = (159, "The cluster cannot be reached", "Check KUBECONFIG, --context and the network.")
+    CLUSTER_REFUSED = (160, "The cluster refuses this", "See the reason above; ask who runs the cluster.")
+    CHART_REFUSED = (161, "The chart cannot be rendered", "Correct the value that is named above.")
+    JOB_UNKNOWN = (
+        162,
+        "No such prediction is in the cluster",
+        "`fednnunet predict submit` makes one; check --namespace.",
+    )
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
     DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
     CHANNELS_DIFFER = (203, "The channels differ from the study's", "Agree on channel_names with the coordinator.")

@@ -506,7 +506,7 @@ class TestHospital:
 
     def test_the_gpu_is_the_workers(self) -> None:
         link, worker = self.pod()["containers"]
-        assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert "nvidia.com/gpu" not in link["resources"]["limits"]
 
     def test_it_reaches_the_orchestrator_and_dns_alone(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from federation import console
-from orchestrator.admin import audit, authorities, image_commands, simulation_commands, sites, studies
+from orchestrator.admin import audit, authorities, image_commands, predictions, simulation_commands, sites, studies
 
 app = typer.Typer(
     help="Federated nnU-Net: run a study across hospitals, or a whole federation on this machine.",
@@ -19,6 +19,7 @@ app.add_typer(authorities.federation, name="federation")
 app.add_typer(sites.site, name="site")
 app.add_typer(audit.app, name="audit")
 app.add_typer(image_commands.image, name="image")
+app.add_typer(predictions.app, name="predict")
 
 
 def main() -> None:
