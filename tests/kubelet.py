@@ -129,6 +129,15 @@ class Node:
             pod.thread.join(120)
         shutil.rmtree(self.folder / "pods" / pod.name, ignore_errors=True)
 
+    def job(self, document: Mapping[str, Any]) -> list[tuple[int, str]]:
+        """Run an Indexed Job's pods one after the other; of each, exit status and log."""
+        spec = document["spec"]
+        pod, labels = spec["template"]["spec"], spec["template"]["metadata"]["labels"]
+        return [
+            self.run(f"predict-{index}", pod, labels, JOB_COMPLETION_INDEX=str(index))
+            for index in range(spec["completions"])
+        ]
+
     # ---- pods
 
     def run(self, name: str, spec: Mapping[str, Any], labels: Mapping[str, str], **environment: str) -> tuple[int, str]:
@@ -251,7 +260,7 @@ class Node:
         mode = volume.get("projected", {}).get("defaultMode", 0o644)
         for kind, key in (("secret", "secretName"), ("configMap", "name")):
             if kind in volume:
-                sources = [{kind: {"name": volume[kind][key]}}]
+                sources = [{kind: {"name": volume[kind][key], "items": volume[kind].get("items", [])}}]
                 mode = volume[kind].get("defaultMode", 0o644)
         for source in sources:
             for kind, told in source.items():

@@ -119,7 +119,7 @@ class Cluster:
         """How a Job stands now."""
         with _asked(f"Job {job}"):
             found = self._batch.read_namespaced_job_status(job, self.namespace, _request_timeout=_TIMEOUT)
-        status = found.status
+        status = found.status or client.V1JobStatus()
         ended, reason = "", ""
         for condition in status.conditions or []:
             if condition.status == "True" and condition.type in ("Complete", "Failed", "Suspended"):
