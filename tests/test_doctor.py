@@ -610,7 +610,7 @@ def test_this_installation_is_what_the_release_was_tested_with(house: House) -> 
 
 def test_the_wheel_carries_the_constraints_beside_the_package(repository: Path) -> None:
     build = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
-    assert build["targets"]["wheel"]["force-include"] == {"constraints.txt": "appliance/constraints.txt"}
+    assert build["targets"]["wheel"]["force-include"]["constraints.txt"] == "appliance/constraints.txt"
     assert versions.FILES[0].parent.name == "appliance"
 
 
