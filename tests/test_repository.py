@@ -242,25 +242,33 @@ def test_studies_shown_in_the_documents_are_valid(page: Path) -> None:
             study.parse(value, str(page))
 
 
+def commands(line: str) -> Iterator[list[str]]:
+    """The calls of our programs in a line of shell: between pipes, and after the -- of kubectl exec."""
+    lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    for pipe, part in itertools.groupby(lexer, lambda word: bool(re.fullmatch(r"[|&;<>]+", word))):
+        words = [] if pipe else list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Za-z_]+=.*", word), part))
+        if words and words[0] == "kubectl" and "--" in words:
+            words = words[words.index("--") + 1 :]
+        if words and Path(words[0]).name in PROGRAMS:
+            yield words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_shown_in_the_documents_exist(page: Path) -> None:
     for block in code_blocks(page, "bash", "sh", "console"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            while words and re.fullmatch(r"[A-Za-z_]+=.*", words[0]):
-                words.pop(0)
-            if not words or Path(words[0]).name not in PROGRAMS:
-                continue
-            command: Any = click_command(Path(words.pop(0)).name)
-            while words and hasattr(command, "commands"):
-                assert words[0] == "--help" or words[0] in command.commands, f"{page.name}: {line}"
-                if words[0] == "--help":
-                    break
-                command = command.commands[words.pop(0)]
-            flags = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
-            for word in words:
-                if re.match(r"--?[a-z]", word):
-                    assert word.split("=")[0] in flags, f"{page.name}: {word} in {line}"
+            for words in commands(line):
+                command: Any = click_command(Path(words.pop(0)).name)
+                while words and hasattr(command, "commands"):
+                    assert words[0] == "--help" or words[0] in command.commands, f"{page.name}: {line}"
+                    if words[0] == "--help":
+                        break
+                    command = command.commands[words.pop(0)]
+                flags = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+                for word in words:
+                    if re.match(r"--?[a-z]", word):
+                        assert word.split("=")[0] in flags | {"--help"}, f"{page.name}: {word} in {line}"
 
 
 # ---- layers -----------------------------------------------------------------------------------------------------
