@@ -8,6 +8,8 @@ READY := $(VENV)/ready
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUTF8=1
 PACKAGES := federation appliance orchestrator
 PYTEST_ARGS ?=
+# Two processes for the tests: a federation waits as much as it computes. A file's tests stay in one.
+WORKERS ?= 2
 # Images: BASE=docker pulls a slim Python, BASE=debian makes one from Debian's packages where no registry is reached.
 DOCKER ?= docker
 TORCH ?= cpu
@@ -30,7 +32,7 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not containers and not charts and not benchmark" \
-	    --durations=10 $(PYTEST_ARGS)
+	    -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m long --durations=10 $(PYTEST_ARGS)

@@ -154,9 +154,9 @@ def undisturbed(federation: Federation) -> str:
     [
         ("coordinator", "orchestrator coordinator", ""),
         ("superlink", "orchestrator superlink", ""),
-        ("link", "appliance.link link", "hospital_a"),
+        pytest.param("link", "appliance.link link", "hospital_a", marks=pytest.mark.long),
         ("worker", "appliance.worker", "hospital_a"),
-        ("supernode", "appliance.link supernode", "hospital_a"),
+        pytest.param("supernode", "appliance.link supernode", "hospital_a", marks=pytest.mark.long),
     ],
 )
 def test_kill_9_in_the_middle_of_a_round_ends_in_the_same_bytes(

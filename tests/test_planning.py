@@ -186,6 +186,7 @@ def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     ("planner", "name"),
     [("nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"), ("nnUNetPlannerResEncXL", "nnUNetResEncUNetXLPlans")],
 )
+@pytest.mark.long
 def test_larger_residual_encoders_are_planned(planner: str, name: str, tmp_path: Path) -> None:
     planned = planning.plan(a_fingerprint(), make_study(planner=planner), tmp_path / "plan")
     assert planned.plans["plans_name"] == name
