@@ -5,6 +5,7 @@ Layout, under one folder::
     inbox/STUDY/KEY/task.json            what is asked       (written by the link)
     inbox/STUDY/KEY/weights.safetensors  the weights it carries, if any
     inbox/STUDY/KEY/cancel               "stop this"          (written by the link)
+    release                              "free the device"    (written by the link, taken away by the worker)
     outbox/STUDY/KEY/result.json         the answer           (written by the worker)
     outbox/STUDY/KEY/weights.safetensors the update, if any
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from federation import files, tasks
 
 WEIGHTS = "weights.safetensors"
+RELEASE = "release"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Spool:
             with contextlib.suppress(FileNotFoundError):
                 (folder / "cancel").touch()
 
+    def release(self) -> None:
+        """Tell the worker that no study runs now: it frees its device."""
+        files.write_bytes(self.root / RELEASE, b"")
+
     def result(self, task: tasks.Task) -> tasks.Result | None:
         """The answer to a task, or None when there is none yet."""
         body = self._folder(self.outbox, task) / "result.json"
@@ -118,6 +124,14 @@ class Spool:
                 with contextlib.suppress(FileNotFoundError):
                     found.append((body.stat().st_mtime_ns, tasks.parse_task(body.read_bytes())))
         return [task for _, task in sorted(found, key=lambda item: (item[0], item[1].key))]
+
+    def take_release(self) -> bool:
+        """Whether the link has said since the last call that no study runs."""
+        try:
+            (self.root / RELEASE).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def task_parcel(self, task: tasks.Task) -> Parcel:
         """Where a task lies."""

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from light_site import CountingProxy, LightSite
 
 from federation.study import Study, parse
-from orchestrator.admin.progress import Tail
 from orchestrator.admin.simulate import Simulation, SiteOptions
+from orchestrator.history import Tail
 
 ORIGINAL = 604e6
 

@@ -90,7 +90,7 @@ class Code(Enum):
         "Another request with another key waits already",
         "Call each other: one of the two is not the hospital's. `fednnunet site refuse` takes the waiting one away.",
     )
-    STUDY_NOT_FOUND = (120, "No such finished study", "Give the name or the first letters of the id of one study.")
+    STUDY_NOT_FOUND = (120, "No such study", "Give the name or the first letters of the id of one study.")
     STUDIES_NOT_COMPARABLE = (
         121,
         "These studies cannot be compared",
@@ -134,6 +134,7 @@ class Code(Enum):
         "Server: `fednnunet federation rotate STATE certificate`. CA: plan for new invitations to all sites.",
     )
     SITE_BUSY = (128, "The site takes part in a study that is under way", "Wait until the study has ended.")
+    OUTPUT_EXISTS = (129, "The output folder is there already", "Name a folder that does not exist yet.")
 
     # 140-159: images and the bundles that carry them
     BUNDLE_UNREADABLE = (140, "The file is not an image bundle", "Give a file that `fednnunet image save` wrote.")

@@ -12,15 +12,19 @@ Rules:
   `asymfedavg` each site has planned for itself, told its network with its answer to Prepare, and keeps the rest.
 
 States: enrolling -> describing -> fingerprinting -> planning -> preparing -> (training -> validating -> finishing,
-for each fold) -> exporting -> done, or failed(why). With `asymfedavg` nothing is fingerprinted or planned here.
+for each fold) -> exporting -> done, failed(why) or stopped(by). With `asymfedavg` nothing is fingerprinted or planned
+here.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +47,7 @@ from orchestrator.aggregation.rules import aggregate
 from orchestrator.aggregation.shared_layers import SharedLayers, check_networks, share
 from orchestrator.enrollment.authority import Authority
 from orchestrator.enrollment.ceremony import put_out_revoked
-from orchestrator.journal import ENDED, Journal
+from orchestrator.journal import ENDED, Journal, StopRequested, withdraw_stop
 from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
 from orchestrator.signatures import CoordinatorSignatures, Signatures
 from orchestrator.views import Views
@@ -374,6 +378,7 @@ class Conductor:
             round=number,
             digest=digest,
             seconds=round(time.monotonic() - aggregating, 3),
+            memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             **({"chosen": chosen} if chosen is not None else {}),
         )
         journal.forget_round(fold, number)
@@ -546,7 +551,7 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
     journal, shut_down = Journal(folder, study), False
     try:
         shutil.rmtree(folder / "incoming", ignore_errors=True)
-        if journal.state.ended == "done" or run.submission in journal.state.failed_submissions:
+        if journal.state.ended == "done" or run.submission in journal.state.ended_submissions:
             return
         journal.write("opened", run=run.run_id, submission=run.submission)
         log.info("study %s (%s), run %s: %s", study.name, study.id[:12], run.run_id, journal.state.phase)
@@ -561,6 +566,10 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
             log.exception("study %s", study.id[:12])
             journal.write("failed", number=numbered.code.number, reason=str(numbered), advice=numbered.advice)
             raise numbered from error
+        except StopRequested as asked:
+            journal.stop(asked.by)
+            log.info("study %s: stopped by %s", study.id[:12], asked.by)
+            return
         except (RunLost, clients.HTTPError):
             raise
         except Stop:
@@ -572,9 +581,22 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
             journal.write("failed", number=failed.code.number, reason=str(failed), advice=failed.advice)
             raise failed from error
     finally:
+        ended = journal.state.ended in ENDED
         journal.close()
+        if ended:
+            withdraw_stop(folder)
+            _write_report(folder)
         if shut_down:  # SIGTERM may have come in the middle of a line, so the file is opened anew
             audit.append(folder / "journal.jsonl", "interrupted", run=run.run_id)
+
+
+def _write_report(folder: Path) -> None:
+    """The report of a study that has ended; a report that cannot be written changes nothing of the study."""
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.report", str(folder)], capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode != 0:
+        log.warning("no report: %s", (done.stderr.strip().splitlines() or ["?"])[-1])
 
 
 def unfinished(settings: CoordinatorSettings) -> list[Study]:
@@ -584,9 +606,14 @@ def unfinished(settings: CoordinatorSettings) -> list[Study]:
         if (folder / "journal.jsonl").exists():
             study = Study.model_validate(files.read_json(folder / "study.json"))
             journal = Journal(folder, study)
-            if journal.state.ended not in ENDED:
-                found.append(study)
-            journal.close()
+            try:
+                if journal.state.ended not in ENDED:
+                    journal.check()
+                    found.append(study)
+            except StopRequested as asked:  # nobody drove it when it was asked for
+                journal.stop(asked.by)
+            finally:
+                journal.close()
     return found
 
 

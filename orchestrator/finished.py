@@ -8,10 +8,8 @@ from typing import Any
 
 from federation import files
 from federation.audit import read
-from federation.errors import Code, FednnunetError
 from federation.study import Study
-
-MOST_NAMED = 8
+from orchestrator.history import Found, choose
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,5 @@ def find(studies: Path, given: str) -> Finished:
     Raises FNU-120 when there is none or more than one; what is there is named.
     """
     known = load_all(studies)
-    chosen = [one for one in known if one.study.name == given or (len(given) >= 4 and one.study.id.startswith(given))]
-    if len(chosen) != 1:
-        there = "".join(
-            f"\n  {one.study.id[:16]}  {one.study.name}, {one.study.configuration}, fold {one.study.fold}"
-            for one in (chosen or known)[-MOST_NAMED:]
-        )
-        found = f"{given}: {len(chosen)} finished studies in {studies}{', which has:' if known else ', which has none'}"
-        raise FednnunetError(Code.STUDY_NOT_FOUND, found + there)
-    return chosen[0]
+    found = choose(given, [Found(one.folder, one.study) for one in known], f"finished studies in {studies}")
+    return next(one for one in known if one.folder == found.folder)

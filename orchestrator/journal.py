@@ -14,13 +14,14 @@ Layout of a study's folder::
     rounds/fold_K/NNNN/optimizer.safetensors     the state of the orchestrator's optimizer
     rounds/fold_K/NNNN/*-VIEW.safetensors        what a site gets that shares a part (orchestrator.views)
     quarantine/KEY-SITE-ATTEMPT.{json,safetensors}
+    stop.json                                    somebody wants the study to stop (`fednnunet study stop`)
     plan.json, fingerprint.json, model/, DATASET.zip
 
 Rules:
 
 - A file is complete before the line that speaks of it is written; a file without its line does not count.
 - States: enrolling, describing, fingerprinting, planning, preparing, training, validating, finishing, exporting,
-  done | failed. A coordinator that starts reads the lines and goes on from there.
+  done | failed | stopped. A coordinator that starts reads the lines and goes on from there.
 - Nothing is decided from a clock or from the order of arrival: the same lines lead to the same bytes.
 """
 
@@ -37,7 +38,8 @@ from federation.errors import Code, FednnunetError
 from federation.study import Study
 from federation.tasks import Kind, Result, Task, parse_result
 
-ENDED = ("done", "failed")
+ENDED = ("done", "failed", "stopped")
+STOP = "stop.json"
 
 
 @dataclass
@@ -58,7 +60,7 @@ class State:
     layers: dict[str, Any] | None = None
     exported: dict[str, Any] | None = None
     submission: str = ""
-    failed_submissions: set[str] = field(default_factory=set)
+    ended_submissions: set[str] = field(default_factory=set)
 
     def apply(self, line: dict[str, Any]) -> None:
         """Take one more line into account."""
@@ -89,10 +91,28 @@ class State:
                 self.weights[line["fold"]] = (line["round"], line["digest"])
             case "exported":
                 self.exported = line
-            case "done" | "failed":
+            case "done" | "failed" | "stopped":
                 self.ended, self.reason = line["event"], line.get("reason", "")
-                if self.ended == "failed":
-                    self.failed_submissions.add(self.submission)
+                if self.ended != "done":
+                    self.ended_submissions.add(self.submission)
+
+
+class StopRequested(Exception):
+    """Somebody wants the study to stop: `by`, an operating system's user."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__(by)
+        self.by = by
+
+
+def request_stop(folder: Path, by: str) -> None:
+    """Ask whoever drives the study in a folder, now or later, to stop it."""
+    files.write_json(folder / STOP, {"by": by})
+
+
+def withdraw_stop(folder: Path) -> None:
+    """A study that begins, goes on or has ended is not to be stopped any more."""
+    (folder / STOP).unlink(missing_ok=True)
 
 
 class Journal:
@@ -120,6 +140,17 @@ class Journal:
         """Enter a phase, once."""
         if self.state.phase != name:
             self.write("phase", phase=name)
+
+    def check(self) -> None:
+        """Raise `StopRequested` when somebody wants the study to stop."""
+        request = self.folder / STOP
+        if request.exists():
+            raise StopRequested(str(files.read_json(request)["by"]))
+
+    def stop(self, by: str) -> None:
+        """End the study here, until somebody resumes it."""
+        self.write("stopped", by=by)
+        withdraw_stop(self.folder)
 
     def close(self) -> None:
         """Close the file."""

@@ -11,75 +11,23 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import json
 import logging
-import re
 import sqlite3
 import threading
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from federation.errors import Code, FednnunetError
+from federation.readable import moment
+from federation.study import Study
+from orchestrator.history import History, Tail
 
 log = logging.getLogger("fednnunet.metrics")
-
-
-@dataclass
-class _Study:
-    """One study's journal, added up."""
-
-    name: str
-    rounds: int
-    read: int = 0
-    lines: int = 0
-    last: float = 0.0
-    phase: str = "new"
-    done: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
-    sent: Counter[str] = field(default_factory=Counter)
-    received: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    refused: Counter[tuple[str, str]] = field(default_factory=Counter)
-    missing: Counter[str] = field(default_factory=Counter)
-    answered: dict[str, float] = field(default_factory=dict)
-
-    def take(self, line: dict[str, Any]) -> None:
-        """Add one line."""
-        self.lines += 1
-        self.last = dt.datetime.fromisoformat(line["at"]).timestamp()
-        site = line.get("site", "")
-        match line["event"]:
-            case "opened":
-                self.phase = "opened" if self.phase in ("done", "failed") else self.phase
-            case "phase":
-                self.phase = line["phase"]
-            case "done" | "failed":
-                self.phase = line["event"]
-            case "asked":
-                self.sent[site] += line.get("nbytes", 0)
-            case "answered":
-                self.received[site] += line.get("nbytes", 0)
-                self.answered[site] = self.last
-            case "failed_answer":
-                self.failed[site] += 1
-            case "refused":
-                number = re.search(r"FNU-(\d{3})", line.get("reason", ""))
-                self.refused[site, number[1] if number else ""] += 1
-            case "closed":
-                self.seconds["exchange"] += line["seconds"]
-                self.missing.update(list(line["missing"]))
-            case "weights" if line["round"]:
-                self.seconds["aggregate"] += line.get("seconds", 0.0)
-                self.done[line["fold"]] = line["round"]
 
 
 class Journals(Collector):
@@ -95,7 +43,7 @@ class Journals(Collector):
 
     def __init__(self, state: Path, database: Path) -> None:
         self._studies, self._database = state / "studies", database
-        self._known: dict[str, _Study] = {}
+        self._known: dict[str, tuple[History, Tail]] = {}
         self._one = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
@@ -108,21 +56,17 @@ class Journals(Collector):
 
     def _read(self, journal: Path) -> None:
         """Take in the lines that were added; a last line without its end waits for the next scrape."""
-        study = self._known.get(journal.parent.name)
-        if study is None:
+        name = journal.parent.name
+        if name not in self._known:
             try:
-                told = json.loads((journal.parent / "study.json").read_bytes())
-                study = _Study(told["name"], told["rounds"])
-            except (OSError, ValueError, KeyError):
+                study = Study.model_validate_json((journal.parent / "study.json").read_bytes())
+            except (OSError, ValueError):
                 return
-            self._known[journal.parent.name] = study
-        with open(journal, "rb") as stream:
-            stream.seek(study.read)
-            added = stream.read().rpartition(b"\n")[0]
-        for raw in added.splitlines():
-            study.read += len(raw) + 1
+            self._known[name] = History(study), Tail(journal)
+        history, tail = self._known[name]
+        for line in tail.lines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # `health --ready` names a damaged journal
-                study.take(json.loads(raw))
+                history.take(line)
 
     def _metrics(self) -> Iterator[Metric]:
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
@@ -134,6 +78,14 @@ class Journals(Collector):
             "Time of the rounds: exchange with the sites, aggregate.",
             labels=["study", "part"],
         )
+        spent = counter(
+            "fednnunet_phase_seconds", "Time in each phase while a coordinator ran.", labels=["study", "phase"]
+        )
+        memory = gauge(
+            "fednnunet_aggregation_peak_memory_bytes",
+            "Peak resident memory of the coordinator at its last aggregation.",
+            labels=["study"],
+        )
         lines = counter("fednnunet_journal_lines", "Lines of a study's journal.", labels=["study"])
         last = gauge("fednnunet_journal_last_line_timestamp_seconds", "Time of the last line.", labels=["study"])
         site = ["study", "site"]
@@ -142,30 +94,38 @@ class Journals(Collector):
         answered = gauge("fednnunet_site_answered_timestamp_seconds", "Time of a site's last answer.", labels=site)
         failed = counter("fednnunet_site_failures", "Answers that told a failure.", labels=site)
         missing = counter("fednnunet_site_missed_rounds", "Rounds that went on without a site.", labels=site)
+        loss = gauge("fednnunet_site_train_loss", "Training loss of a site's last epoch.", labels=site)
+        dice = gauge("fednnunet_site_pseudo_dice", "nnU-Net's online Dice of a site's last epoch, mean.", labels=site)
         refused = counter("fednnunet_refused", "Answers that were refused, by error number.", labels=[*site, "number"])
-        for key, study in sorted(self._known.items()):
-            key = key[:16]
-            phase.add_metric([key, study.name, study.phase], 1)
-            planned.add_metric([key], study.rounds)
-            lines.add_metric([key], study.lines)
-            last.add_metric([key], study.last)
-            for fold, number in sorted(study.done.items()):
+        for whole, (history, _) in sorted(self._known.items()):
+            key = whole[:16]
+            phase.add_metric([key, history.study.name, history.standing], 1)
+            planned.add_metric([key], history.study.rounds)
+            lines.add_metric([key], history.lines)
+            last.add_metric([key], moment(history.last) if history.last else 0)
+            for fold, (number, _) in sorted(history.weights.items()):
                 done.add_metric([key, fold], number)
-            for part, took in sorted(study.seconds.items()):
-                seconds.add_metric([key, part], took)
-            for metric, by_site in (
-                (sent, study.sent),
-                (received, study.received),
-                (answered, study.answered),
-                (failed, study.failed),
-                (missing, study.missing),
-            ):
-                for name, value in sorted(by_site.items()):
-                    metric.add_metric([key, name], value)
-            for (name, code), times in sorted(study.refused.items()):
-                refused.add_metric([key, name, code], times)
-        yield from (phase, planned, done, seconds, lines, last)
-        yield from (sent, received, answered, failed, missing, refused)
+            seconds.add_metric([key, "exchange"], sum(one.seconds for one in history.rounds))
+            seconds.add_metric([key, "aggregate"], sum(history.aggregation))
+            for name, took in history.spent().items():
+                spent.add_metric([key, name], took)
+            if history.memory:
+                memory.add_metric([key], history.memory)
+            for name, told in sorted(history.sites.items()):
+                sent.add_metric([key, name], told.sent)
+                received.add_metric([key, name], told.received)
+                failed.add_metric([key, name], told.failures)
+                missing.add_metric([key, name], told.missed)
+                if told.answered:
+                    answered.add_metric([key, name], told.answered)
+                if told.epochs:
+                    loss.add_metric([key, name], told.epochs[-1].train_loss)
+                    if (mean := told.epochs[-1].mean_dice) is not None:
+                        dice.add_metric([key, name], mean)
+                for code, times in sorted(told.refused.items()):
+                    refused.add_metric([key, name, code], times)
+        yield from (phase, planned, done, seconds, spent, memory, lines, last)
+        yield from (sent, received, answered, failed, missing, loss, dice, refused)
 
     def _sites(self) -> Iterator[Metric]:
         """From the database, without Flower: until when each registered site's last sign of life holds."""
@@ -180,8 +140,8 @@ class Journals(Collector):
             contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5)) as opened,
         ):
             asked = "SELECT name, online_until FROM node WHERE status != 'unregistered' ORDER BY name"
-            for name, moment in opened.execute(asked):
-                until.add_metric([name], moment or 0.0)
+            for name, known in opened.execute(asked):
+                until.add_metric([name], known or 0.0)
         yield until
         info = GaugeMetricFamily("fednnunet_info", "1 for the version that runs.", labels=["version"])
         info.add_metric([version("fednnunet")], 1)

@@ -120,7 +120,7 @@ class Exchange:
         end = time.monotonic() + deadline
         reported: set[str] = set()
         while True:
-            self._carrier.check()
+            self._check()
             nodes = self._carrier.nodes()
             absent = [site for site in sites if site not in nodes or not nodes[site].online]
             for site in sorted(set(sites) - set(absent) - reported):
@@ -182,7 +182,7 @@ class Exchange:
         with concurrent.futures.ThreadPoolExecutor(4, "fetch") as pool:
             try:
                 while open_sites():
-                    self._carrier.check()
+                    self._check()
                     now = time.monotonic()
                     if now > end:
                         break
@@ -229,6 +229,11 @@ class Exchange:
         for site in open_sites():
             outcome.missing[site] = reasons.get(site, "offline")
         return outcome
+
+    def _check(self) -> None:
+        """Raise when the run is over, or when somebody wants the study to stop."""
+        self._carrier.check()
+        self._journal.check()
 
     def _not_registered(self, sites: Iterable[str]) -> dict[str, str]:
         """The sites that must not be asked, and why."""

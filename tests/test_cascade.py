@@ -298,9 +298,10 @@ def test_the_end_of_a_cascade_says_that_both_models_are_needed(
 ) -> None:
     from rich.console import Console
 
-    from orchestrator.admin.progress import StudyView, print_end
+    from orchestrator.admin.progress import print_end
+    from orchestrator.history import History
 
-    view = StudyView(both.second.study)
+    view = History(both.second.study)
     for line in both.second.lines:
         view.take(line)
     print_end(Console(width=200), view, both.second.folder)

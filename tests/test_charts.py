@@ -26,7 +26,7 @@ pytestmark = pytest.mark.charts
 WRITE = bool(os.environ.get("WRITE_GOLDEN"))
 MATRIX = sorted((REPOSITORY / "tests" / "chart_values").glob("*/*.yaml"))
 NAMES = sorted(path.parent.name for path in CHARTS.glob("*/Chart.yaml"))
-NOT_BUILT_IN = {"TLSRoute", "HTTPRoute", "BackendTLSPolicy", "ServiceMonitor"}
+NOT_BUILT_IN = {"TLSRoute", "HTTPRoute", "BackendTLSPolicy", "ServiceMonitor", "PrometheusRule"}
 LABELS = ("name", "instance", "component", "version", "part-of", "managed-by")
 every_case = pytest.mark.parametrize("values", MATRIX, ids=lambda path: f"{path.parent.name}-{path.stem}")
 every_chart = pytest.mark.parametrize("name", NAMES)

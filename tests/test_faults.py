@@ -19,11 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import Done, fednnunet, good, wait_for, write_study
 from rich.console import Console
 
 from federation.audit import read
 from federation.study import Study, parse
 from orchestrator.admin.simulate import Simulation, SiteOptions
+from orchestrator.enrollment.record import user
 
 SITES = ("hospital_a", "hospital_b")
 
@@ -210,3 +212,49 @@ def test_kill_9_of_a_data_holding_worker_leaves_no_loader_behind(federation: Fed
     worker.kill()
     psutil.wait_procs([worker, *children], timeout=10)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_study_is_stopped_in_the_middle_of_a_round_and_resumed_to_the_same_bytes(
+    federation: Federation, undisturbed: str, tmp_path: Path
+) -> None:
+    stopped = study("stopped")
+    simulation = federation.simulation
+    state, control = simulation.orchestrator, f"127.0.0.1:{simulation._control_port}"
+    said: list[Done] = []
+    federation.run_and_disturb(
+        stopped, lambda: said.append(fednnunet("study", "stop", "stopped", "--state", state, cwd=tmp_path))
+    )
+    assert said[0].status == 0, said[0]
+    assert "stopped after 1 of 3 rounds" in said[0].out
+    lines = federation.journal(stopped)
+    assert lines[-1]["event"] == "stopped"
+    assert lines[-1]["by"] == user()
+    assert not list((state / "studies" / stopped.id).glob("stop.json"))
+
+    assert fednnunet("study", "stop", "stopped", "--state", state, cwd=tmp_path).out.endswith("stopped already\n")
+
+    resumed = fednnunet("study", "resume", "stopped", "--state", state, "--control", control, cwd=tmp_path)
+    assert resumed.status == 0, resumed
+    assert federation.digest(stopped) == undisturbed
+    assert federation.asked(stopped, "train-fold_all-0001", "hospital_a") == 1, "round 1 was not done again"
+    listed = fednnunet("study", "list", "--state", state, cwd=tmp_path)
+    assert "done" in next(line for line in listed.out.splitlines() if line.startswith("stopped"))
+    recorded = [line["event"] for line in read(state / "audit.jsonl")]
+    assert recorded[-2:] == ["study stop", "study resume"]
+
+
+def test_a_stop_ends_the_work_of_a_round_that_would_take_hours_and_frees_the_device(
+    federation: Federation, tmp_path: Path
+) -> None:
+    endless = study("endless", iterations_per_epoch=10**6)
+    simulation = federation.simulation
+    state, control = simulation.orchestrator, f"127.0.0.1:{simulation._control_port}"
+    file = write_study(tmp_path / "endless.yaml", endless.model_dump(mode="json"))
+    good(fednnunet("study", "submit", file, "--state", state, "--control", control, "--no-wait", cwd=tmp_path))
+    wait_for(lambda: federation.works_on("hospital_a") == "train-fold_all-0001", 120, "round 1")
+    good(fednnunet("study", "stop", "endless", "--state", state, cwd=tmp_path))
+    wait_for(lambda: federation.works_on("hospital_a") is None, 60, "the worker's rest")
+    spool = simulation.state / "sites" / "hospital_a" / "state" / "spool"
+    wait_for((spool / "inbox" / endless.id / "train-fold_all-0001" / "cancel").exists, 1, "the cancelled task")
+    wait_for(lambda: not (spool / "release").exists(), 60, "the freed device")
+    assert not list((spool / "outbox" / endless.id).glob("train-*")), "no half round is sent"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import phantom_study
+from commands import REPOSITORY, phantom_study
 from prometheus_client import CollectorRegistry
 
 from federation import audit, files
@@ -79,3 +80,15 @@ def test_sites_come_from_the_database_and_without_one_the_rest_is_told(state: Pa
     (state / "superlink.db").unlink()
     assert registry.get_sample_value(until, {"site": "north"}) is None
     assert [metric.name for metric in registry.collect()][-1] == "fednnunet_info"
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_are_told(state: Path) -> None:
+    registry = CollectorRegistry()
+    registry.register(Journals(state, state / "superlink.db"))
+    audit.append(state / "studies" / ("a" * 64) / "journal.jsonl", "opened", run=1)
+    told = {f"{metric.name}_total" if metric.type == "counter" else metric.name for metric in registry.collect()}
+    chart = REPOSITORY / "helm" / "orchestrator"
+    for file in ("files/dashboard.json", "templates/orchestrator/prometheusrule.yaml"):
+        asked = set(re.findall(r"\bfednnunet_\w+", (chart / file).read_text(encoding="utf-8")))
+        assert len(asked) > 3, file
+        assert asked <= told, f"{file} asks for what no scrape tells"

@@ -226,3 +226,19 @@ def test_a_setting_that_is_not_valid_is_a_numbered_error(tmp_path: Path) -> None
     assert done.returncode == 11
     assert "FNU-112" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cancelled_task_and_a_study_that_is_over_free_the_loaders_and_the_device(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    site = make_site(tmp_path, augmentation_processes=2, **LONG)
+    process = start(site, started)
+    site.put(site.prepare_task())
+    wait(lambda: len(session(process.pid)) >= 3)  # the first fold's trainer is warm
+    site.spool.release()
+    wait(lambda: session(process.pid) == {process.pid})
+    site.put(site.task(TRAIN, 1), initial_weights())
+    wait(lambda: is_training(site) and len(session(process.pid)) >= 3)
+    site.spool.cancel(site.task(TRAIN, 1))
+    wait(lambda: session(process.pid) == {process.pid})
+    assert site.spool.result(site.task(TRAIN, 1)) is None

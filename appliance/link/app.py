@@ -9,6 +9,7 @@ Rules:
 - A task that is asked for again finds its work in progress or its answer in the outbox.
 - When a run ends while the worker works, the worker goes on for a short grace: a coordinator that was restarted asks
   for the same task again at once. After the grace the task is cancelled.
+- When a run ends and no other asks within that grace, the worker is told to free its device.
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ from federation import files, signing
 from federation.errors import Code, FednnunetError
 from federation.flower import clients
 from federation.flower.bundle import bundle_hash
-from federation.flower.runner import Answer, Asked, Stop, serve_tasks
+from federation.flower.runner import RUN_GRACE, Answer, Asked, Stop, serve_tasks
 from federation.flower.transfer import file_array
 from federation.tasks import Task
 
 log = logging.getLogger("fednnunet.link")
 
-GRACE = 8.0
 LOOK = 0.05
 HOURS_LOOK = 20.0
 MAX_WEIGHTS = 16 * 2**30
@@ -90,7 +90,7 @@ class Link:
         self._forget_earlier(task)
         while (result := self._spool.result(task)) is None:
             if over.wait(LOOK):
-                timer = threading.Timer(GRACE, self._spool.cancel, (task,))
+                timer = threading.Timer(RUN_GRACE, self._spool.cancel, (task,))
                 timer.daemon = True
                 timer.start()
                 self._cancelling[task.study.id + task.key] = timer
@@ -170,6 +170,7 @@ def main(settings: Settings, runtime_port: int) -> None:
         clients.load_secret(runner_secret(settings)),
         link.handle,
         lambda node_id, run_id: clients.run_is_over(fleet, node_id, run_id),
+        spool.release,
         spool.root / "incoming" / "weights.safetensors",
         MAX_WEIGHTS,
         min(settings.poll, 0.2),

@@ -6,7 +6,8 @@ Rules:
   done from its beginning when it is met again.
 - A failure is an answer too: numbers of the catalogue and counts. Its traceback lies at the site, in
   `work/STUDY/log`, and goes to stderr.
-- The trainer lives from round to round. It ends with its fold, with a failure, and when another fold is asked for.
+- The trainer lives from round to round. It ends with its fold, with a failure, when another fold is asked for, and
+  when no study runs any more: a device is held for nobody.
 - While nothing is asked, the worker imports what training needs, and after Prepare it starts the first fold's
   trainer, so that round 1 does not wait for that.
 - `work/status.json` says what the worker is doing, for people and for the supervisor.
@@ -137,6 +138,8 @@ class Worker:
         try:
             result, update = self._answer(task, self._control(task))
         except Interrupted:
+            if not self.stop.is_set():  # cancelled: whatever asks next finds the state of the round before
+                self._close()
             self.status.task(None, "waiting")
             return True
         except Exception as error:  # noqa: BLE001 - every failure is an answer, and is logged
@@ -310,6 +313,10 @@ class Worker:
             from appliance.worker import training, validation  # noqa: F401
 
             self.status.task(None, "waiting")
+        elif self.spool.take_release():
+            self.next = None
+            if self.trainer is not None:
+                self._close()
         elif self.next is not None:
             (workspace, fold, plans_sha256), self.next = self.next, None
             self.status.task(None, "starting the trainer")

@@ -37,6 +37,9 @@ from federation.flower.transfer import Ready, Received, Transfer, Unavailable, c
 
 log = logging.getLogger("fednnunet.runner")
 
+RUN_LOOK = 2.0  # seconds between two looks whether a run has ended
+RUN_GRACE = 6.0
+"""Seconds after a run's end in which another run of the same study may ask on: a coordinator that was restarted."""
 SITE_LOST = frozenset(
     {
         ErrorCode.MESSAGE_UNAVAILABLE,
@@ -206,6 +209,7 @@ def serve_tasks(
     secret: bytes,
     handle: Callable[[Asked, threading.Event], Answer],
     run_over: Callable[[int, int], bool],
+    idle: Callable[[], None],
     incoming: Path,
     max_weights: int,
     poll: float,
@@ -223,6 +227,8 @@ def serve_tasks(
         scrubbed text.
     run_over : callable
         ``run_over(node_id, run_id)``: whether the run has ended, asked every two seconds.
+    idle : callable
+        Called once when a run has ended and no task of another came within `RUN_GRACE` seconds.
     incoming : Path
         Where a task's weights file is put; `handle` moves it away.
     max_weights : int
@@ -231,6 +237,8 @@ def serve_tasks(
         Seconds between two looks.
     """
     acquiring = clients.runtime_client(address, None, secret=secret, component="SuperExec")
+    last: tuple[int, int] | None = None  # node and run of the task before, until the run has been seen to end
+    looked, over_since = 0.0, 0.0
     while True:
         try:
             token = clients.acquire(acquiring, "flwr-clientapp")
@@ -238,9 +246,17 @@ def serve_tasks(
             log.warning("the SuperNode does not answer: %s", str(error).splitlines()[0])
             token = ""
         if token:
-            _serve_task(address, token, handle, run_over, incoming, max_weights)
-        else:
-            time.sleep(poll)
+            last = _serve_task(address, token, handle, run_over, incoming, max_weights) or last
+            over_since = 0.0
+            continue
+        now = time.monotonic()
+        if last is not None and over_since == 0.0 and now - looked >= RUN_LOOK:
+            looked = now
+            over_since = now if run_over(*last) else 0.0
+        if over_since and now - over_since >= RUN_GRACE:
+            last, over_since = None, 0.0
+            idle()
+        time.sleep(poll)
 
 
 def _serve_task(
@@ -250,7 +266,8 @@ def _serve_task(
     run_over: Callable[[int, int], bool],
     incoming: Path,
     max_weights: int,
-) -> None:
+) -> tuple[int, int] | None:
+    """Serve one task; returns its node and run, where they became known."""
     client = clients.runtime_client(address, None, token=token, component="flwr-clientapp")
     beat = clients.Heartbeat(clients.runtime_client(address, None, token=token, component="flwr-clientapp"))
     beat.start()
@@ -270,7 +287,7 @@ def _serve_task(
                 raise FednnunetError(Code.BUNDLE_REFUSED)
 
             def watch(node_id: int = context.node_id, run_id: int = context.run_id) -> None:
-                while not ended.wait(2.0):
+                while not ended.wait(RUN_LOOK):
                     if beat.lost.is_set() or run_over(node_id, run_id):
                         over.set()
                         return
@@ -307,3 +324,4 @@ def _serve_task(
         beat.stop()
         client.close()
         incoming.unlink(missing_ok=True)
+    return (context.node_id, context.run_id) if context is not None else None

@@ -1,16 +1,15 @@
-"""What a study's journal tells a person while it runs: a live screen, or plain lines where there is no terminal.
+"""A study while it runs, for people: a live screen, or plain lines where there is no terminal.
 
-Everything shown is read from the journal's lines; nothing is asked of a site for it.
+Everything shown is read from the journal's lines (orchestrator.history); nothing is asked of a site for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,203 +21,137 @@ from rich.table import Table
 from rich.text import Text
 
 from federation.errors import Code, FednnunetError
+from federation.readable import ago, clock, moment, number, size
 from federation.study import CASCADE, LOWRES, Study
 from federation.tasks import Validation
 from orchestrator.admin.layers import layers_table, read_layers, summary
+from orchestrator.history import PHASES, History, Tail, mean
 
-PHASES = (
-    "enrolling",
-    "describing",
-    "fingerprinting",
-    "planning",
-    "preparing",
-    "training",
-    "validating",
-    "finishing",
-    "exporting",
-)
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARKS = 8  # columns of a curve
+WARNINGS = 3  # on the screen
 
 
-@dataclass
-class SiteView:
-    """One site as the journal shows it."""
+def plain(history: History, line: dict[str, Any]) -> str | None:
+    """A plain line for people, where a line of the journal (taken already) is worth one."""
+    match line["event"]:
+        case "phase":
+            return f"{line['phase']} ..."
+        case "online":
+            return f"{line['site']} is online"
+        case "asked" if line.get("why"):
+            return f"{line['site']}: {line['key']} sent again, {line['why']}"
+        case "failed_answer" | "refused":
+            return f"{line['site']}: {line['key']}: {line['reason']}"
+        case "layers" if not history.study.one_model:
+            return summary(line["shared"], line["common"])
+        case "closed":
+            return _round_line(history, line)
+        case "stopped":
+            return f"stopped by {line['by']}"
+        case "interrupted":
+            return "the orchestrator was shut down; the study goes on when it is back"
+    return None
 
-    state: str = "not seen yet"
-    train_loss: float | None = None
-    pseudo_dice: float | None = None
-    sent: int = 0
-    received: int = 0
-    rounds: int = 0
+
+def _round_line(history: History, line: dict[str, Any]) -> str:
+    epochs = [site.epochs[-1] for name in line["participants"] if (site := history.sites[name]).epochs]
+    missing = f", missing: {', '.join(line['missing'])}" if line["missing"] else ""
+    return (
+        f"fold {line['fold']}, round {line['round']} of {history.study.rounds}: "
+        f"loss {number(mean([epoch.train_loss for epoch in epochs]))}, "
+        f"pseudo-Dice {number(mean([epoch.mean_dice for epoch in epochs]))}, "
+        f"{len(line['participants'])} of {len(history.sites)} sites{missing}, {line['seconds']:.1f} s"
+    )
 
 
-@dataclass
-class StudyView:
-    """A study as its journal shows it, line after line."""
+def raise_failure(history: History, where: str) -> None:
+    """Raise what made the study fail, if it has failed; `where` says where to look further."""
+    if history.ended == "failed":
+        code = Code.of(history.number)
+        found = history.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
+        advice = [history.advice]
+        named = set(map(int, re.findall(r"FNU-(\d{3})", found))) - {code.number, Code.SITE_FAILED.number}
+        for one in sorted(named):
+            with contextlib.suppress(KeyError):  # a number that another version knows
+                advice.append(f"FNU-{one}: {Code.of(one).advice}")
+        raise FednnunetError(code, f"{found}\n{where}", "\n".join(advice))
 
-    study: Study
-    phase: str = "starting"
-    sites: dict[str, SiteView] = field(default_factory=dict)
-    fold: str = ""
-    round: int = 0
-    seconds: list[float] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-    ended: str | None = None
-    reason: str = ""
-    advice: str = ""
-    number: int = 0
-    pooled: dict[str, Any] = field(default_factory=dict)
-    exported: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
-        self.sites = {site: SiteView() for site in self.study.sites}
+def screen(history: History, doing: Callable[[str], str] = lambda site: "") -> RenderableType:
+    """The live screen, at least 80 columns wide.
 
-    def take(self, line: dict[str, Any]) -> str | None:
-        """Take one line into account; returns a plain line for people where it is worth one."""
-        site = self.sites.get(line.get("site", ""))
-        match line["event"]:
-            case "opened":
-                self.ended = None
-            case "phase":
-                self.phase = line["phase"]
-                return f"{self.phase} ..."
-            case "online":
-                if site:
-                    site.state = "online"
-                return f"{line['site']} is online"
-            case "asked":
-                if site:
-                    site.state = f"at work: {line['key']}"
-                    site.sent += line["nbytes"]
-                if line.get("why"):
-                    return f"{line['site']}: {line['key']} sent again, {line['why']}"
-            case "answered":
-                self._answered(line)
-            case "failed_answer" | "refused":
-                if site:
-                    site.state = line["reason"]
-                return f"{line['site']}: {line['key']}: {line['reason']}"
-            case "pooled":
-                self.pooled = line
-            case "layers" if not self.study.one_model:
-                return summary(line["shared"], line["common"])
-            case "closed":
-                self.fold, self.round = line["fold"], line["round"]
-                self.seconds.append(line["seconds"])
-                for name, why in line["missing"].items():
-                    self.sites[name].state = f"missing: {why}"
-                return self._round_line(line)
-            case "exported":
-                self.exported = line
-            case "done":
-                self.ended = "done"
-            case "failed":
-                self.ended, self.reason = "failed", line["reason"]
-                self.advice, self.number = line["advice"], line["number"]
-        return None
+    Parameters
+    ----------
+    history : History
+        The study so far.
+    doing : callable
+        What a site's worker says it is doing, where this machine can know it.
+    """
+    steps = Text()
+    reached = PHASES.index(history.phase) if history.phase in PHASES else -1
+    for index, phase in enumerate(PHASES):
+        style = "bold cyan" if index == reached else "green" if index < reached else "dim"
+        steps.append(phase + ("  " if index < len(PHASES) - 1 else ""), style)
+    left = history.remaining()
+    eta = f", about {clock(left)} to go" if left and history.phase == "training" else ""
+    head = Text(f"{history.study.name}  ", "bold")
+    since = time.time() - moment(history.began) if history.began else 0.0
+    head.append(f"round {history.done_rounds} of {history.all_rounds}, {clock(since)}{eta}")
+    bar = Table.grid(expand=True)
+    bar.add_row(ProgressBar(total=history.all_rounds, completed=history.done_rounds))
+    parts: list[RenderableType] = [head, steps, bar, _sites_table(history, doing)]
+    for one in history.warnings[-WARNINGS:]:
+        text = f"{one.at[11:19]} UTC {one.site or 'orchestrator'}: {one.text}"
+        parts.append(Text(text, "yellow", overflow="ellipsis", no_wrap=True))
+    return Group(*parts)
 
-    def _answered(self, line: dict[str, Any]) -> None:
-        site = self.sites[line["site"]]
-        site.state = f"done: {line['key']}"
-        site.received += line["nbytes"]
-        if training := line.get("training"):
-            site.rounds += 1
-            site.train_loss = training["train_loss"][-1]
-            classes = [value for value in training["pseudo_dice"][-1] if value is not None]
-            site.pseudo_dice = sum(classes) / len(classes) if classes else None
 
-    def _round_line(self, line: dict[str, Any]) -> str:
-        losses = [self.sites[name].train_loss for name in line["participants"]]
-        dices = [self.sites[name].pseudo_dice for name in line["participants"]]
-        missing = f", missing: {', '.join(line['missing'])}" if line["missing"] else ""
-        return (
-            f"fold {line['fold']}, round {line['round']} of {self.study.rounds}: loss {_mean(losses)}, pseudo-Dice "
-            f"{_mean(dices)}, {len(line['participants'])} of {len(self.sites)} sites{missing}, {line['seconds']:.1f} s"
+def _sites_table(history: History, doing: Callable[[str], str]) -> Table:
+    table = Table(expand=True, box=None, pad_edge=False)
+    table.add_column("site", overflow="ellipsis", no_wrap=True, min_width=10, max_width=20)
+    table.add_column("state", overflow="ellipsis", no_wrap=True, ratio=1)
+    for name in ("seen", "loss", "pDice", "curve", "to site", "from site"):
+        table.add_column(name, justify="right", no_wrap=True)
+    fold = history.rounds[-1].fold if history.rounds else history.study.folds[0]
+    for name, site in history.sites.items():
+        last = site.epochs[-1] if site.epochs else None
+        table.add_row(
+            name,
+            Text(doing(name) or site.state),
+            ago(site.seen),
+            number(last.train_loss if last else None),
+            number(last.mean_dice if last else None),
+            sparkline([epoch.mean_dice for epoch in site.epochs if epoch.fold == fold]),
+            size(site.sent),
+            size(site.received),
         )
-
-    @property
-    def done_rounds(self) -> int:
-        """Rounds done, over all folds."""
-        earlier = self.study.folds.index(self.fold) if self.fold else 0
-        return earlier * self.study.rounds + self.round
-
-    @property
-    def all_rounds(self) -> int:
-        """Rounds of the whole study."""
-        return self.study.rounds * len(self.study.folds)
-
-    def raise_failure(self, where: str) -> None:
-        """Raise what made the study fail, if it has failed; `where` says where to look further."""
-        if self.ended == "failed":
-            code = Code.of(self.number)
-            found = self.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
-            advice = [self.advice]
-            named = set(map(int, re.findall(r"FNU-(\d{3})", found))) - {code.number, Code.SITE_FAILED.number}
-            for number in sorted(named):
-                with contextlib.suppress(KeyError):  # a number that another version knows
-                    advice.append(f"FNU-{number}: {Code.of(number).advice}")
-            raise FednnunetError(code, f"{found}\n{where}", "\n".join(advice))
-
-    def remaining(self) -> float | None:
-        """Seconds of training to go, from the mean of the last rounds."""
-        if not self.seconds:
-            return None
-        recent = self.seconds[-5:]
-        return (self.all_rounds - self.done_rounds) * sum(recent) / len(recent)
-
-    def screen(self, doing: Callable[[str], str] = lambda site: "") -> RenderableType:
-        """The live screen, at least 80 columns wide.
-
-        Parameters
-        ----------
-        doing : callable
-            What a site's worker says it is doing, where this machine can know it.
-        """
-        steps = Text()
-        reached = PHASES.index(self.phase) if self.phase in PHASES else -1
-        for index, phase in enumerate(PHASES):
-            style = "bold cyan" if index == reached else "green" if index < reached else "dim"
-            steps.append(phase + ("  " if index < len(PHASES) - 1 else ""), style)
-        left = self.remaining()
-        eta = f", about {_clock(left)} to go" if left and self.phase == "training" else ""
-        head = Text(f"{self.study.name}  ", "bold")
-        head.append(f"round {self.done_rounds} of {self.all_rounds}, {_clock(time.monotonic() - self.began)}{eta}")
-        table = Table(expand=True, box=None, pad_edge=False)
-        for name in ("site", "state"):
-            table.add_column(name, overflow="ellipsis", no_wrap=True, ratio=2 if name == "state" else 1)
-        for name in ("loss", "pDice", "to site", "from site"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name, site in self.sites.items():
-            table.add_row(
-                name,
-                Text(doing(name) or site.state),
-                _mean([site.train_loss]),
-                _mean([site.pseudo_dice]),
-                size(site.sent),
-                size(site.received),
-            )
-        bar = Table.grid(expand=True)
-        bar.add_row(ProgressBar(total=self.all_rounds, completed=self.done_rounds))
-        return Group(head, steps, bar, table)
+    if history.rounds and len(history.sites) > 1:
+        losses, dices = history.pooled_curve(fold, "train_loss"), history.pooled_curve(fold, "mean_dice")
+        table.add_row(
+            Text("all sites", "bold"),
+            f"fold {fold}",
+            "",
+            number(losses[-1][1] if losses else None),
+            number(dices[-1][1] if dices else None),
+            sparkline([value for _, value in dices]),
+            size(sum(site.sent for site in history.sites.values())),
+            size(sum(site.received for site in history.sites.values())),
+        )
+    return table
 
 
-def _mean(values: list[float | None]) -> str:
+def sparkline(values: list[float | None], width: int = SPARKS) -> str:
+    """A curve in `width` characters, lowest to highest; of more values each character is a mean."""
     known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.3f}" if known else "-"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def size(nbytes: float) -> str:
-    """A number of bytes for people (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    if not known:
+        return ""
+    step = max(1.0, len(known) / width)
+    edges = [round(index * step) for index in range(min(width, len(known)) + 1)]
+    means = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in means)
 
 
 def report_at_site(study: Study) -> Path:
@@ -226,26 +159,8 @@ def report_at_site(study: Study) -> Path:
     return Path("worker") / study.id / "examination" / "examination.txt"
 
 
-class Tail:
-    """Reads the lines that are added to a journal by another process."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._position = path, 0
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Whole lines added since the last call."""
-        if not self.path.exists():
-            return []
-        with open(self.path, "rb") as stream:
-            stream.seek(self._position)
-            data = stream.read()
-        whole = data.rfind(b"\n") + 1
-        self._position += whole
-        return [json.loads(line) for line in data[:whole].splitlines()]
-
-
 def watch(
-    view: StudyView,
+    history: History,
     tail: Tail,
     console: Console,
     look: Callable[[], None] = lambda: None,
@@ -255,7 +170,7 @@ def watch(
 
     Parameters
     ----------
-    view, tail : StudyView, Tail
+    history, tail : History, Tail
         What is known so far, and where more comes from.
     console : Console
         Where to show it.
@@ -266,16 +181,17 @@ def watch(
     """
     live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
     with live or contextlib.nullcontext():
-        while view.ended is None:
+        while history.ended is None:
             look()
             for line in tail.lines():
-                text = view.take(line)
+                history.take(line)
+                text = plain(history, line)
                 if text and live is None:
                     console.print(text, soft_wrap=True, highlight=False, markup=False)
-                if line["event"] == "layers" and not view.study.one_model:
+                if line["event"] == "layers" and not history.study.one_model:
                     console.print(layers_table(read_layers(tail.path.parent)))
             if live is not None:
-                live.update(view.screen(doing))
+                live.update(screen(history, doing))
             time.sleep(0.2)
 
 
@@ -307,25 +223,26 @@ def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> T
     return table
 
 
-def print_end(console: Console, view: StudyView, folder: Path) -> None:
+def print_end(console: Console, history: History, folder: Path) -> None:
     """What a person wants to know when a study has ended well."""
-    if view.exported is None:
+    if history.exported is None:
         return
-    for fold, entry in view.exported["validation"].items():
-        console.print(scores_table(view.study, fold, entry["sites"]))
+    for fold, entry in history.exported["validation"].items():
+        console.print(scores_table(history.study, fold, entry["sites"]))
         for site, why in entry["missing"].items():
             console.print(f"[yellow]not scored:[/yellow] {site}: {escape(why)}")
-    for site, why in view.exported["unfinished"].items():
+    for site, why in history.exported["unfinished"].items():
         console.print(f"[yellow]without the final model:[/yellow] {site}: {escape(why)}")
-    archive = folder / view.exported["path"]
-    if not view.study.one_model:
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    archive = folder / history.exported["path"]
+    if not history.study.one_model:
         console.print("each site has a model of its own, in its state folder below worker/*/nnUNet_results")
-        kept = f"shared layers: {archive} ({size(view.exported['nbytes'])}); no whole model can be made of them"
+        kept = f"shared layers: {archive} ({size(history.exported['nbytes'])}); no whole model can be made of them"
         console.print(kept, soft_wrap=True)
         return
-    console.print(f"model: {archive} ({size(view.exported['nbytes'])})", soft_wrap=True)
+    console.print(f"model: {archive} ({size(history.exported['nbytes'])})", soft_wrap=True)
     console.print(f"install it with: nnUNetv2_install_pretrained_model_from_zip {archive}", soft_wrap=True)
-    _print_stages(console, view.study, folder)
+    _print_stages(console, history.study, folder)
 
 
 def _print_stages(console: Console, study: Study, folder: Path) -> None:

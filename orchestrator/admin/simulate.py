@@ -37,10 +37,11 @@ from federation.console import shown
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, check_room, free_port
 from federation.study import SITE_NAME, Study
-from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
+from orchestrator.admin.progress import print_end, raise_failure, report_at_site, watch
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 from orchestrator.enrollment.ceremony import let_in
+from orchestrator.history import History, Tail
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 120.0
@@ -205,7 +206,7 @@ class Simulation:
         for name in self.sites:
             let_in(self.orchestrator, client, name, (self.state / "sites" / name / "config" / "site.pub").read_bytes())
 
-    def run(self, study: Study, console: Console) -> StudyView:
+    def run(self, study: Study, console: Console) -> History:
         """Start everything, run a study to its end, end everything; raises what made the study fail.
 
         Parameters
@@ -215,41 +216,41 @@ class Simulation:
         console : Console
             Where to show progress: a live screen on a terminal, plain lines elsewhere.
         """
-        view, _ = self._so_far(study)
-        if view.ended == "done":
+        history, _ = self._so_far(study)
+        if history.ended == "done":
             console.print(f"study {study.name} is done already: {self.study_folder(study)}", soft_wrap=True)
-            return view
+            return history
         with self.running():
             return self.conduct(study, console)
 
-    def conduct(self, study: Study, console: Console) -> StudyView:
+    def conduct(self, study: Study, console: Console) -> History:
         """Run a study to its end while everything is `running`; raises what made it fail."""
-        view, tail = self._so_far(study)
-        resumed = tail.path.exists() and view.ended is None
+        history, tail = self._so_far(study)
+        resumed = tail.path.exists() and history.ended is None
         if resumed:
-            console.print(f"study {study.name} goes on after: {view.phase}, round {view.done_rounds}")
+            console.print(f"study {study.name} goes on after: {history.phase}, round {history.done_rounds}")
         else:
             with reaching(f"{LOOPBACK}:{self._control_port}"):
                 self._control().start(study.model_dump_json())
-        view.ended, view.seconds = None, []
-        self._watch(view, tail, console)
-        view.raise_failure(self._where(view))
-        return view
+        history.ended = None
+        self._watch(history, tail, console)
+        raise_failure(history, self._where(history))
+        return history
 
-    def _so_far(self, study: Study) -> tuple[StudyView, Tail]:
+    def _so_far(self, study: Study) -> tuple[History, Tail]:
         """What the journal of a study says already, and a tail that reads on from there."""
         if set(study.sites) != set(self.sites):
             raise FednnunetError(
                 Code.SITES_MISMATCH, f"study: {', '.join(study.sites)}; given: {', '.join(self.sites) or 'none'}"
             )
-        tail, view = Tail(self.study_folder(study) / "journal.jsonl"), StudyView(study)
+        tail, history = Tail(self.study_folder(study) / "journal.jsonl"), History(study)
         for line in tail.lines():
-            view.take(line)
-        return view, tail
+            history.take(line)
+        return history, tail
 
-    def _watch(self, view: StudyView, tail: Tail, console: Console) -> None:
+    def _watch(self, history: History, tail: Tail, console: Console) -> None:
         assert self.supervisor is not None
-        watch(view, tail, console, self._look_again, self._doing)
+        watch(history, tail, console, self._look_again, self._doing)
 
     def _look_again(self) -> None:
         """A full disk at the orchestrator keeps its journal from saying so."""
@@ -264,10 +265,10 @@ class Simulation:
         except (OSError, ValueError):
             return ""
 
-    def _where(self, view: StudyView) -> str:
+    def _where(self, history: History) -> str:
         """Where to look further: the report of each site that found a fault in its dataset, the journal, the logs."""
-        study = view.study
-        faulty = [site for site in self.sites if re.search(rf"\b{re.escape(site)}: FNU-(109|2\d\d)", view.reason)]
+        study = history.study
+        faulty = [site for site in self.sites if re.search(rf"\b{re.escape(site)}: FNU-(109|2\d\d)", history.reason)]
         reports = [self.state / "sites" / site / "state" / report_at_site(study) for site in faulty]
         places = [f"site report: {path}" for path in reports] + [f"journal: {self.study_folder(study)}"]
         return "\n".join([*places, f"logs: {self.state}/sites/*/state/logs, {self.orchestrator / 'logs'}"])
@@ -301,7 +302,7 @@ def simulate(study: Study, state: Path, sites: Mapping[str, Path], options: Site
     before = signal.signal(signal.SIGTERM, interrupt)
     simulation = Simulation(state, sites, options)
     try:
-        view = simulation.run(study, console)
+        history = simulation.run(study, console)
     except KeyboardInterrupt:
         console.print(
             "interrupted: every process is ended. The same command goes on where this one stopped.", soft_wrap=True
@@ -309,5 +310,5 @@ def simulate(study: Study, state: Path, sites: Mapping[str, Path], options: Site
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    print_end(console, view, simulation.study_folder(study))
+    print_end(console, history, simulation.study_folder(study))
     return simulation.study_folder(study)

@@ -1,14 +1,30 @@
-"""`fednnunet study`: check a study file before any site is asked, submit it, see it through."""
+"""`fednnunet study`: check a study, submit it, watch it, stop it, see what came of it."""
 
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(help="Write and check studies.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.history import Found, History, Tail
+
+app = typer.Typer(help="Write, run and watch studies.", no_args_is_help=True)
+
+State = Annotated[
+    Path, typer.Option(help="The orchestrator's state folder, on this machine.", envvar="FEDNNUNET_STATE")
+]
+ControlAddress = Annotated[str, typer.Option("--control", help="HOST:PORT of the control listener.")]
+Wait = Annotated[bool, typer.Option(help="Stay and show the study until it ends.")]
+Which = Annotated[str, typer.Argument(metavar="STUDY", help="Its name, or the beginning of its id.")]
+_CONTROL = "127.0.0.1:8100"
+STOP_TIMEOUT = 30.0
+"""Seconds to wait for the coordinator to say that a study is stopped."""
 
 
 @app.command()
@@ -45,48 +61,212 @@ def check(file: Annotated[Path, typer.Argument(help="The study, YAML.")]) -> Non
 @app.command()
 def submit(
     file: Annotated[Path, typer.Argument(help="The study, YAML.")],
-    state: Annotated[Path, typer.Option(help="The orchestrator's state folder, on this machine.")],
-    control_address: Annotated[str, typer.Option("--control", help="HOST:PORT of the control listener.")] = (
-        "127.0.0.1:8100"
-    ),
-    wait: Annotated[bool, typer.Option(help="Stay and show the study until it ends.")] = True,
+    state: State,
+    control_address: ControlAddress = _CONTROL,
+    wait: Wait = True,
 ) -> None:
     """Give a study to a running orchestrator. One that was interrupted goes on; one that failed is tried again."""
     from rich.console import Console
 
     from federation.console import require
-    from federation.processes import check_room
     from federation.study import load
-    from orchestrator.admin.progress import StudyView, Tail, print_end, report_at_site, watch
-    from orchestrator.admin.reach import control, reaching
-    from orchestrator.enrollment.record import recorded
+    from orchestrator.history import Found
 
     require("orchestrator", "flwr")
     study = load(file)
-    console = Console()
-    folder = state.resolve() / "studies" / study.id
-    tail, view = Tail(folder / "journal.jsonl"), StudyView(study)
-    for line in tail.lines():
-        view.take(line)
-    if tail.path.exists() and view.ended is None:
-        console.print(f"study {study.name} is under way: {view.phase}, round {view.done_rounds}")
-    elif view.ended != "done":
-        with recorded(state, "study submit", study=study.id, name=study.name), reaching(control_address):
-            control(state, control_address).start(study.model_dump_json())
-        view.ended = None
+    found = Found(state.resolve() / "studies" / study.id, study)
+    _begin(state, control_address, found, "study submit", wait, Console())
+
+
+@app.command()
+def resume(which: Which, state: State, control_address: ControlAddress = _CONTROL, wait: Wait = True) -> None:
+    """Let a study go on that was stopped or has failed: from its last whole round, with the same bytes."""
+    from rich.console import Console
+
+    _begin(state, control_address, _find(state, which), "study resume", wait, Console())
+
+
+def _begin(state: Path, address: str, found: Found, event: str, wait: bool, console: Console) -> None:
+    """Start a study, unless it is under way or done, and show it until it ends where `wait` says so."""
+    from orchestrator.admin.reach import control, reaching
+    from orchestrator.enrollment.record import recorded
+    from orchestrator.journal import withdraw_stop
+
+    study = found.study
+    history, tail = _so_far(found)
+    if tail.path.exists() and history.ended is None:
+        console.print(f"study {study.name} is under way: {history.phase}, round {history.done_rounds}")
+    elif history.ended != "done":
+        with recorded(state, event, study=study.id, name=study.name), reaching(address):
+            withdraw_stop(found.folder)
+            control(state, address).start(study.model_dump_json())
+        history.ended = None
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
     if wait:
-        watch(view, tail, console, lambda: check_room(state))
-        faulty = re.search(r"FNU-(109|2\d\d)", view.reason)
-        report = f"site report, in the site's own state folder: {report_at_site(study)}\n" if faulty else ""
-        view.raise_failure(f"{report}journal: {folder}")
-        print_end(console, view, folder)
+        _see_through(state, found, history, tail, console)
+
+
+def _so_far(found: Found) -> tuple[History, Tail]:
+    """What the journal of a study says already, and a tail that reads on from there."""
+    from orchestrator.history import History, Tail
+
+    history, tail = History(found.study), Tail(found.folder / "journal.jsonl")
+    for line in tail.lines():
+        history.take(line)
+    return history, tail
+
+
+def _find(state: Path, which: str) -> Found:
+    """One study of a state folder; raises FNU-120."""
+    from orchestrator.history import choose, studies
+
+    folder = state.resolve() / "studies"
+    return choose(which, studies(folder), f"studies in {folder}")
+
+
+def _see_through(state: Path, found: Found, history: History, tail: Tail, console: Console) -> None:
+    """Show a study until it ends, and what came of it; raises what made it fail."""
+    from federation.processes import check_room
+    from orchestrator.admin.progress import print_end, raise_failure, report_at_site, watch
+
+    watch(history, tail, console, lambda: check_room(state))
+    faulty = re.search(r"FNU-(109|2\d\d)", history.reason)
+    report = f"site report, in the site's own state folder: {report_at_site(found.study)}\n" if faulty else ""
+    raise_failure(history, f"{report}journal: {found.folder}")
+    print_end(console, history, found.folder)
+
+
+@app.command()
+def watch(
+    state: State,
+    which: Annotated[
+        str, typer.Argument(metavar="[STUDY]", help="Its name, or the beginning of its id; the newest.")
+    ] = "",
+) -> None:
+    """Show a study until it ends. Ctrl-C ends the showing, not the study."""
+    from rich.console import Console
+
+    from federation.errors import Code, FednnunetError
+    from orchestrator.history import studies
+
+    if which:
+        found = _find(state, which)
+    else:
+        known = studies(state.resolve() / "studies")
+        if not known:
+            raise FednnunetError(Code.STUDY_NOT_FOUND, f"{state.resolve() / 'studies'} has none")
+        found = known[-1]
+    history, tail = _so_far(found)
+    _see_through(state, found, history, tail, Console())
+
+
+@app.command(name="list")
+def list_(state: State) -> None:
+    """Every study of this orchestrator, the newest last."""
+    from rich.console import Console
+
+    from orchestrator.admin.overview import studies_table
+    from orchestrator.history import load, studies
+
+    console = Console()
+    known = studies(state.resolve() / "studies")
+    if known:
+        console.print(studies_table([(found, load(found.folder)) for found in known]))
+    else:
+        console.print("no study yet: fednnunet study submit STUDY.yaml")
+
+
+@app.command()
+def show(which: Which, state: State) -> None:
+    """One study: how it stands, who took part in which round and why not, time, bytes, scores, warnings."""
+    from rich.console import Console
+
+    from orchestrator.admin.overview import overview
+
+    found = _find(state, which)
+    history, _ = _so_far(found)
+    overview(history, found.folder, Console())
+
+
+@app.command()
+def stop(which: Which, state: State) -> None:
+    """Stop a study: sites end what they do within seconds and free their GPUs. `study resume` goes on."""
+    from rich.console import Console
+
+    from orchestrator.enrollment.record import recorded, user
+    from orchestrator.journal import request_stop
+
+    console, found = Console(), _find(state, which)
+    history, tail = _so_far(found)
+    if history.ended is not None:
+        console.print(f"study {found.study.name} is {history.ended} already")
+        return
+    with recorded(state, "study stop", study=found.study.id, name=found.study.name):
+        request_stop(found.folder, user())
+    console.print(_stopped(history, tail), soft_wrap=True)
+
+
+def _stopped(history: History, tail: Tail) -> str:
+    """Wait until a study has ended, or `STOP_TIMEOUT`; what to tell a person."""
+    end = time.monotonic() + STOP_TIMEOUT
+    while history.ended is None and time.monotonic() < end:
+        time.sleep(0.2)
+        for line in tail.lines():
+            history.take(line)
+    name = history.study.name
+    match history.ended:
+        case "stopped":
+            done = f"{history.done_rounds} of {history.all_rounds} rounds"
+            return f"study {name} is stopped after {done}; to go on: fednnunet study resume {name}"
+        case None:
+            return "asked for; the coordinator stops it as soon as it looks (is `orchestrator health` well?)"
+        case ended:
+            return f"study {name} was {ended} before it could be stopped"
+
+
+@app.command()
+def export(
+    which: Which,
+    state: State,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+) -> None:
+    """Copy what a study leaves behind into a new folder: model, report, curves, study file, journal, checksums."""
+    from rich.console import Console
+
+    from federation.console import require
+    from orchestrator.admin.take_out import take_out
+
+    require("orchestrator", "matplotlib", "jinja2")
+    found = _find(state, which)
+    for path in take_out(found, output):
+        Console().print(str(path), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def report(
+    which: Which,
+    state: State,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write.", show_default="(report.html in the study's folder)"),
+    ] = None,
+) -> None:
+    """Write the study's report anew, at any time: one HTML file that needs no network."""
+    from rich.console import Console
+
+    from federation.console import require
+
+    require("orchestrator", "matplotlib", "jinja2")
+    from orchestrator.report import write
+
+    found = _find(state, which)
+    Console().print(str(write(found.folder, output)), soft_wrap=True, highlight=False)
 
 
 @app.command()
 def best(
     studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Names of finished studies, or their ids.")],
-    state: Annotated[Path, typer.Option(help="The orchestrator's state folder, on this machine.")],
+    state: State,
 ) -> None:
     """Compare cross-validations (fold 0-4) over all sites and say which configuration is best, and how to run it.
 
