@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -442,3 +443,26 @@ def test_case_names_go_to_nnunets_log_file_not_to_the_console(
     assert "case_03" not in "".join(capfd.readouterr())
     (log,) = site.settings.work.rglob("training_log_*.txt")
     assert "predicting case_03" in log.read_text()
+
+
+def test_a_loader_that_loses_a_batch_at_its_end_is_quiet_and_other_faults_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from appliance.worker.training import _quiet_end
+
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda ended: told.append(ended.exc_type))
+
+    def end_with(error: Exception) -> None:
+        def fail() -> None:
+            raise error
+
+        thread = threading.Thread(target=fail)
+        with _quiet_end(thread):
+            thread.start()
+            thread.join()
+
+    end_with(ConnectionResetError(104, "Connection reset by peer"))
+    assert told == []
+    end_with(ValueError("a fault of ours"))
+    assert told == [ValueError]

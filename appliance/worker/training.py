@@ -28,6 +28,7 @@ import math
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
@@ -415,9 +416,29 @@ class FoldTrainer:
         """End the loaders and free the device."""
         for loader in (self.trainer.dataloader_train, self.trainer.dataloader_val):
             if hasattr(loader, "_finish"):
-                loader._finish()
+                with _quiet_end(loader.results_loop_thread):
+                    loader._finish()
         self.trainer = None
         release_memory()
+
+
+@contextlib.contextmanager
+def _quiet_end(thread: threading.Thread | None) -> Iterator[None]:
+    """Let a loader's thread end without a traceback where a process that is ending takes a batch away from it.
+
+    batchgenerators tells its processes and this thread to end at the same moment: the thread may be fetching a batch.
+    """
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        if ended.thread is not thread or not issubclass(ended.exc_type, OSError | EOFError):
+            before(ended)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def release_memory() -> None:
