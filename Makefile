@@ -21,7 +21,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-containers test-charts helm-tools test-fresh lint format benchmark docs lock base-image wheelhouse image \
+.PHONY: help demo test test-long test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -31,11 +31,14 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 	@$(BIN)/fednnunet simulate demo
 
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not containers and not charts and not benchmark" \
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not browser and not containers and not charts and not benchmark" \
 	    -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m long --durations=10 $(PYTEST_ARGS)
+
+test-browser: $(READY) ## reports and the web page in a real browser (needs Chromium: apt-get install chromium)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m browser --durations=10 $(PYTEST_ARGS)
 
 test-containers: $(READY) image helm-tools ## real images, compose federations, pods, bundles (needs a running Docker engine)
 	@$(BIN)/python -m pytest -m containers --durations=10 $(PYTEST_ARGS)

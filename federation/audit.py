@@ -59,7 +59,7 @@ def verify(path: Path) -> int:
     return len(read(path))
 
 
-def append(path: Path, event: str, **fields: Any) -> dict[str, Any]:
+def append(path: Path, event: str, /, **fields: Any) -> dict[str, Any]:
     """Add one line to a chain that several processes write, one at a time; returns it once it is on the disk.
 
     Only the last line is looked at, so this costs the same however long the chain is; `verify` reads it all.
@@ -135,7 +135,7 @@ class Chain:
             chain._file = os.open(path, os.O_RDWR | os.O_APPEND)
         return chain
 
-    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+    def append(self, event: str, /, **fields: Any) -> dict[str, Any]:
         """Add one line and return it once it is on the disk. Raises FNU-702 when the disk is full."""
         body = {
             **fields,

@@ -166,7 +166,7 @@ def _curves(history: History) -> list[Any]:
                 ]
                 for site, told in history.sites.items()
             }
-            panels.append(Curves(title, sites, history.pooled_curve(fold, name)))
+            panels.append(Curves(title, sites, history.pooled_curve(fold, name), name == "train_loss"))
         header = ["epoch", *(f"{title}" for title in ("training loss", "pseudo-Dice", "learning rate"))]
         columns = [dict(panel.pooled) for panel in panels]
         epochs = sorted(set().union(*columns))

@@ -25,11 +25,14 @@ from matplotlib.ticker import MaxNLocator
 
 INK, FAINT = "#010101", "#020202"
 SERIES = 8
-LINES = ("-", "--", "-.", ":")
 HATCHES = (None, "//", "..")
 MANY = 8
 """More sites than this are drawn thin and grey, with the worst few named: nobody reads a legend of 30 lines."""
+BAND = 40
+"""More sites than this are a band from the lowest to the highest, with the worst few named."""
 NAMED = 3
+POINTS = 250
+"""A curve of more points than this is drawn as means of neighbours: a report stays small after 1000 rounds."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -85,11 +88,14 @@ class Curves:
         (epoch, value) by site.
     pooled : sequence
         (epoch, value) over all sites.
+    low_is_good : bool
+        Whether the worst site is the highest.
     """
 
     title: str
     sites: Mapping[str, Sequence[tuple[int, float]]]
     pooled: Sequence[tuple[int, float]] = field(default_factory=list)
+    low_is_good: bool = False
 
 
 def curves(panels: Sequence[Curves]) -> str:
@@ -99,31 +105,51 @@ def curves(panels: Sequence[Curves]) -> str:
         for place, panel in enumerate(panels):
             axes = canvas.add_subplot(1, len(panels), place + 1)
             _curves(axes, panel)
+        alike = len({tuple(sorted(panel.sites)) for panel in panels}) == 1 and len(panels[0].sites) <= MANY
         handles, labels = canvas.axes[0].get_legend_handles_labels()
-        if labels:
+        if labels and alike:
             canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        elif labels:  # the worst differ from panel to panel
+            for axes in canvas.axes:
+                axes.legend(loc="best")
         return _svg(canvas, "-".join(panel.title for panel in panels))
 
 
 def _curves(axes: Axes, panel: Curves) -> None:
-    many = len(panel.sites) > MANY
-    worst = sorted(panel.sites, key=lambda name: panel.sites[name][-1][1] if panel.sites[name] else 0.0)[:NAMED]
-    shown = 0
-    for name, points in panel.sites.items():
-        if not points:
-            continue
-        marker = "." if len(points) == 1 else None
-        if many and name not in worst:
-            axes.plot(*zip(*points, strict=True), color=FAINT, linewidth=0.6, marker=marker)
-            continue
-        style = LINES[shown // SERIES % len(LINES)]
-        axes.plot(*zip(*points, strict=True), style, color=colour(shown), label=name, marker=marker)
-        shown += 1
+    sites = {name: points for name, points in panel.sites.items() if points}
+    worst = sorted(sites, key=lambda name: (sites[name][-1][1], name), reverse=panel.low_is_good)[:NAMED]
+    named = list(sites) if len(sites) <= MANY else worst
+    if len(sites) > BAND:
+        by_epoch: dict[int, list[float]] = {}
+        for points in sites.values():
+            for epoch, value in points:
+                by_epoch.setdefault(epoch, []).append(value)
+        epochs = sorted(by_epoch)
+        lows = thin([(epoch, min(by_epoch[epoch])) for epoch in epochs])
+        highs = thin([(epoch, max(by_epoch[epoch])) for epoch in epochs])
+        span = [epoch for epoch, _ in lows]
+        axes.fill_between(span, [low for _, low in lows], [high for _, high in highs], color=FAINT, linewidth=0)
+    else:
+        for name in sites.keys() - set(named):
+            axes.plot(*zip(*thin(sites[name]), strict=True), color=FAINT, linewidth=0.6)
+    for place, name in enumerate(named):
+        marker = "." if len(sites[name]) == 1 else None
+        axes.plot(*zip(*thin(sites[name]), strict=True), color=colour(place), label=name, marker=marker)
     if panel.pooled and len(panel.sites) > 1:
-        axes.plot(*zip(*panel.pooled, strict=True), color=INK, linewidth=2.0, label="all sites")
+        axes.plot(*zip(*thin(panel.pooled), strict=True), color=INK, linewidth=2.0, label="all sites")
     axes.set_title(panel.title, loc="left")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+    """A curve of at most `most` points: means of neighbours, the last point as it is."""
+    if len(points) <= most:
+        return list(points)
+    step = -(-len(points) // most)
+    parts = [points[begin : begin + step] for begin in range(0, len(points), step)]
+    means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    return [*means[:-1], points[-1]]
 
 
 def scores(
@@ -227,16 +253,21 @@ def participation(sites: Sequence[str], rounds: Sequence[Mapping[str, str]], nam
     for row, site in enumerate(sites):
         top = row * height + 2
         parts.append(f'<text x="0" y="{top + height * 0.72:.1f}" class="axis">{_escape(site)}</text>')
+        told = f"took part in {sum(site not in one for one in rounds)} of {len(rounds)}"
+        parts.append(
+            f'<rect x="{left}" y="{top:.1f}" width="{len(columns) * cell - gap:.1f}" height="{height - gap:.1f}" '
+            f'class="present"><title>{_escape(site)} {told}</title></rect>'
+        )
         for column, numbers in enumerate(columns):
             absent = [number for number in numbers if site in rounds[number]]
+            if not absent:
+                continue
             told = "; ".join(f"{names[number]}: {rounds[number][site]}" for number in absent[:3])
             many = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-            span = names[numbers[0]] + (f" to {names[numbers[-1]]}" if len(numbers) > 1 else "")
-            title = f"{site} was missing in {told}{many}" if absent else f"{site} took part in {span}"
             parts.append(
                 f'<rect x="{left + column * cell:.1f}" y="{top:.1f}" width="{cell - gap:.1f}" '
-                f'height="{height - gap:.1f}" class="{"absent" if absent else "present"}">'
-                f"<title>{_escape(title)}</title></rect>"
+                f'height="{height - gap:.1f}" class="absent">'
+                f"<title>{_escape(f'{site} was missing in {told}{many}')}</title></rect>"
             )
     return "".join([*parts, "</svg>"])
 

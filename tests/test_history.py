@@ -1,0 +1,164 @@
+"""What is read from a study's journal, and how it is shown: live, in lists, in files that are taken out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import pytest
+from commands import fednnunet, good, refused
+from journals import SITES, Written
+from rich.console import Console
+
+from federation import files
+from orchestrator.admin.overview import ABSENT, PRESENT
+from orchestrator.admin.progress import plain, screen, sparkline
+from orchestrator.history import History, Tail, load
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Written:
+    written = Written(tmp_path)
+    written.to_the_end()
+    return written
+
+
+def shown(renderable: object, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_history_adds_up_sites_rounds_phases_and_warnings(whole: Written) -> None:
+    history = load(whole.folder)
+    assert (history.standing, history.done_rounds, history.all_rounds) == ("done", 3, 3)
+    north, south = (history.sites[name] for name in SITES)
+    assert (north.sent, north.received, north.missed) == (3000, 1590, 0)
+    assert (south.sent, south.missed, dict(south.refused)) == (3000, 1, {"505": 1})
+    assert [epoch.epoch for epoch in south.epochs] == [1, 3]
+    assert history.pooled_curve("all", "train_loss")[0] == (1, 1.5)
+    assert history.pooled_curve("all", "mean_dice")[1] == (2, pytest.approx(0.7)), "of the site that took part"
+    assert list(history.spent())[-1] == "validating"
+    assert [one.site for one in history.warnings] == ["south", "south"]
+    assert north.scores["all"]["test"]["organ"]["mean"] == 0.9
+    assert history.memory == 10**8
+
+
+def test_the_time_in_which_no_coordinator_ran_is_nobodys(tmp_path: Path) -> None:
+    history = History(Written(tmp_path).study)
+    for event, at, fields in (
+        ("opened", "2026-01-01T10:00:00+00:00", {}),
+        ("phase", "2026-01-01T10:00:00+00:00", {"phase": "training"}),
+        ("online", "2026-01-01T10:00:30+00:00", {"site": "north"}),
+        ("opened", "2026-01-01T18:00:00+00:00", {}),
+        ("online", "2026-01-01T18:00:10+00:00", {"site": "north"}),
+    ):
+        history.take({"event": event, "at": at, **fields})
+    assert history.spent() == {"starting": 0.0, "training": 40.0}
+
+
+def test_an_epoch_is_counted_over_all_rounds(tmp_path: Path) -> None:
+    written = Written(tmp_path, epochs_per_round=2)
+    written.write("opened", run=1)
+    told = {name: value * 2 if isinstance(value, list) else value for name, value in _training().items()}
+    written.write("answered", site="north", key="train-fold_all-0002", nbytes=1, cases=3, training=told)
+    assert [epoch.epoch for epoch in load(written.folder).sites["north"].epochs] == [3, 4]
+
+
+def _training() -> dict[str, object]:
+    from journals import training
+
+    return training(0.1, 0.5)
+
+
+def test_a_tail_waits_for_a_whole_line_and_passes_over_damage(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    tail = Tail(path)
+    assert tail.lines() == []
+    path.write_bytes(b'{"a":1}\nnot json\n{"a":2')
+    assert tail.lines() == [{"a": 1}]
+    with open(path, "ab") as stream:
+        stream.write(b"}\n")
+    assert tail.lines() == [{"a": 2}]
+
+
+def test_the_live_screen_fits_into_80_columns_with_long_names_and_reasons(tmp_path: Path) -> None:
+    sites = ("a" * 40, "universitaetsklinikum_nord")
+    written = Written(tmp_path, sites=sites)
+    written.to_the_end()
+    lines = shown(screen(load(written.folder))).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "all sites" in text
+    assert "6.0 kB" in text
+    assert "2.7 kB" in text
+    assert "FNU-505" in text, "the newest warnings"
+    assert sparkline([0.5, 0.6, 0.7]) == "▁▅█"
+
+
+def test_a_sparkline_keeps_its_width_and_its_ends() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([None, 0.3]) == "▁"
+    many = sparkline([value / 1000 for value in range(1000)])
+    assert (len(many), many[0], many[-1]) == (8, "▁", "█")
+
+
+def test_plain_lines_tell_what_a_person_wants_to_know(whole: Written) -> None:
+    history = History(whole.study)
+    told = []
+    for line in Tail(whole.folder / "journal.jsonl").lines():
+        history.take(line)
+        told.append(plain(history, line))
+    text = "\n".join(line for line in told if line)
+    assert "fold all, round 2 of 3: loss 0.500, pseudo-Dice 0.700, 1 of 2 sites, missing: south, 2.5 s" in text
+    assert "south: train-fold_all-0002: FNU-505" in text
+    assert "north is online" in text
+
+
+def test_list_show_and_export_by_name_by_id_and_with_nothing_there(tmp_path: Path, whole: Written) -> None:
+    other = Written(tmp_path, "other")
+    other.write("opened", run=2)
+    other.write("phase", phase="training")
+    state = ("--state", tmp_path)
+    listed = good(fednnunet("study", "list", *state, cwd=tmp_path)).out
+    assert re.search(r"small .* done +3 of 3", listed)
+    assert re.search(r"other .* training +0 of 3", listed)
+
+    told = good(fednnunet("study", "show", whole.study.id[:8], *state, cwd=tmp_path)).out
+    assert re.search(rf"south +{PRESENT}{ABSENT}{PRESENT}", told)
+    assert re.search(r"south .*0\.700", told), "its Dice"
+    assert "FNU-505" in told
+
+    out = tmp_path / "out"
+    good(fednnunet("study", "export", "small", *state, "--output", out, cwd=tmp_path))
+    names = {"Dataset300.zip", "SHA256SUMS", "curves.csv", "journal.jsonl", "report.html", "study.yaml"}
+    assert {path.name for path in out.iterdir()} == names
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert files.sha256_of(out / name) == digest
+    rows = list(csv.DictReader(io.StringIO((out / "curves.csv").read_text())))
+    assert [(row["site"], row["epoch"]) for row in rows] == [("north", n) for n in "123"] + [("south", n) for n in "13"]
+    good(fednnunet("study", "check", out / "study.yaml", cwd=tmp_path))
+
+    refused(fednnunet("study", "export", "small", *state, "--output", out, cwd=tmp_path), 129, "out")
+    refused(fednnunet("study", "show", "unknown", *state, cwd=tmp_path), 120, "small", "other")
+    assert "no study yet" in good(fednnunet("study", "list", "--state", tmp_path / "empty", cwd=tmp_path)).out
+    refused(fednnunet("study", "watch", "--state", tmp_path / "empty", cwd=tmp_path), 120)
+
+
+def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_path: Path) -> None:
+    from orchestrator.coordinator import CoordinatorSettings, unfinished
+    from orchestrator.journal import Journal, request_stop
+
+    written = Written(tmp_path)
+    written.write("opened", run=1)
+    request_stop(written.folder, "ada")
+    assert unfinished(CoordinatorSettings(tmp_path, "127.0.0.1:1", 1.0)) == []
+    history = load(written.folder)
+    assert (history.ended, history.stopped_by) == ("stopped", "ada")
+    journal = Journal(written.folder, written.study)
+    journal.check()  # the request is withdrawn
+    journal.close()
