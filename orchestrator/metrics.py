@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sqlite3
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from federation.errors import Code, FednnunetError
 from federation.readable import moment
 from federation.study import Study
 from orchestrator.history import History, Tail
+from orchestrator.registered import online_until
 
 log = logging.getLogger("fednnunet.metrics")
 
@@ -134,14 +134,8 @@ class Journals(Collector):
             "Until when a site's last sign of life holds: in the past, the site is offline.",
             labels=["site"],
         )
-        uri = f"{self._database.resolve().as_uri()}?mode=ro"
-        with (
-            contextlib.suppress(sqlite3.Error),
-            contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5)) as opened,
-        ):
-            asked = "SELECT name, online_until FROM node WHERE status != 'unregistered' ORDER BY name"
-            for name, known in opened.execute(asked):
-                until.add_metric([name], known or 0.0)
+        for name, known in online_until(self._database).items():
+            until.add_metric([name], known)
         yield until
         info = GaugeMetricFamily("fednnunet_info", "1 for the version that runs.", labels=["version"])
         info.add_metric([version("fednnunet")], 1)

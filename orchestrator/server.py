@@ -126,6 +126,8 @@ def superlink(server: Server) -> None:
     """Be the SuperLink."""
     from federation.flower.superlink import Listener, SuperLinkFiles, serve
     from orchestrator.enrollment.waiting import Waiting
+    from orchestrator.web.app import Pages
+    from orchestrator.web.books import Books
 
     authority = server.authority
     authority.check()
@@ -141,6 +143,7 @@ def superlink(server: Server) -> None:
         Listener(server.fleet_host, server.fleet_port),
         Listener(server.control_host, server.control_port),
         enroll=Waiting(server.state).receive,
+        page=Pages(Books(server.state, server.database)).app,
     )
 
 

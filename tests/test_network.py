@@ -181,6 +181,24 @@ def test_control_wants_the_token(line: Line, token: str) -> None:
         assert client.post(url).status_code == 401
 
 
+def test_the_status_page_wants_the_token_as_a_browser_sends_it_and_control_does_not_take_that(line: Line) -> None:
+    token = line.authority.token.read_text().strip()
+    base = f"https://127.0.0.1:{line.server.control_port}"
+    with httpx.Client(verify=ssl.create_default_context(cafile=line.authority.ca)) as client:
+        for path in ("/", "/status/", "/status/events", "/status/live.js"):
+            refused = client.get(f"{base}{path}")
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"].startswith("Basic ")
+            assert client.get(f"{base}{path}", auth=("anybody", f"{token}x")).status_code == 401
+        assert client.get(f"{base}/status/", headers={"Authorization": "Basic !"}).status_code == 401
+        assert "Sites" in client.get(f"{base}/status/", auth=("anybody", token)).text
+        assert client.get(f"{base}/status/", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        assert client.post(f"{base}/v1/control/list-runs", auth=("anybody", token)).status_code == 401
+        outside = f"https://127.0.0.1:{line.server.fleet_port}"
+        assert client.get(f"{outside}/status/", auth=("anybody", token)).status_code == 404
+        assert client.get(f"{outside}/", auth=("anybody", token)).status_code == 404
+
+
 def test_nobody_without_the_secret_gets_a_coordinators_task(line: Line) -> None:
     thief = clients.runtime_client(
         f"127.0.0.1:{line.server.control_port}",

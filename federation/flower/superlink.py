@@ -6,7 +6,7 @@ they are: whoever reaches the port can run code at every site. So:
 - hospitals' listener: ``/v1/fleet/*`` and ``/health``, and ``/v1/enroll`` for a POST to a function of ours; nothing
   else;
 - control listener (loopback or the cluster's inside): ``/v1/control/*`` with our bearer token, ``/v1/runtime/*``
-  with Flower's secret and task tokens, ``/health``;
+  with Flower's secret and task tokens, ``/health``, and a page of ours for people with the same token;
 - everything else is 404, by path, before Flower sees it.
 
 A new server certificate is taken up while the SuperLink runs: connections that are open go on.
@@ -15,6 +15,7 @@ A new server certificate is taken up while the SuperLink runs: connections that 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -37,6 +38,8 @@ from federation.enrollment import PATH
 from federation.flower.intake import Handler, Intake
 
 log = logging.getLogger("fednnunet.superlink")
+
+PAGE = "/status"
 
 _cli = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
@@ -62,12 +65,22 @@ class SuperLinkFiles:
 
 
 class Guard:
-    """Lets through the listed paths alone, and Control only with the token; `/v1/enroll` goes to the intake."""
+    """Lets through the listed paths alone, and Control only with the token; `/v1/enroll` goes to the intake.
+
+    The page takes the token as a browser sends it too, as the password of Basic. Control does not: what a browser sends
+    by itself to whoever makes it ask must not be able to start a study.
+    """
 
     def __init__(
-        self, app: Any, prefixes: tuple[str, ...], token_sha256: bytes = b"", intake: Intake | None = None
+        self,
+        app: Any,
+        prefixes: tuple[str, ...],
+        token_sha256: bytes = b"",
+        intake: Intake | None = None,
+        page: Any = None,
     ) -> None:
         self._app, self._prefixes, self._token, self._intake = app, prefixes, token_sha256, intake
+        self._page = page
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One ASGI call."""
@@ -77,6 +90,13 @@ class Guard:
         path = scope.get("path", "")
         if scope["type"] == "http" and path == PATH and self._intake is not None:
             await self._intake(scope, receive, send)
+        elif scope["type"] == "http" and self._page is not None and (path == "/" or path.startswith(PAGE)):
+            if self._authorised(scope) or self._authorised_person(scope):
+                await self._page(scope, receive, send)
+            else:
+                await self._refuse(
+                    scope, send, 401, (b"www-authenticate", b'Basic realm="FednnU-Net: the control token"')
+                )
         elif scope["type"] != "http" or not (path == "/health" or path.startswith(self._prefixes)):
             await self._refuse(scope, send, 404)
         elif path.startswith("/v1/control/") and not self._authorised(scope):
@@ -88,12 +108,22 @@ class Guard:
         sent = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
         return hmac.compare_digest(hashlib.sha256(sent).digest(), self._token)
 
+    def _authorised_person(self, scope: Any) -> bool:
+        sent = dict(scope["headers"]).get(b"authorization", b"")
+        if not sent.startswith(b"Basic "):
+            return False
+        try:
+            _, _, password = base64.b64decode(sent.removeprefix(b"Basic "), validate=True).partition(b":")
+        except ValueError:
+            return False
+        return hmac.compare_digest(hashlib.sha256(password).digest(), self._token)
+
     @staticmethod
-    async def _refuse(scope: Any, send: Any, status: int) -> None:
+    async def _refuse(scope: Any, send: Any, status: int, *headers: tuple[bytes, bytes]) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
             return
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0"), *headers]})
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -111,6 +141,7 @@ def serve(
     control: Listener,
     task_lease: float = 600.0,
     enroll: Handler | None = None,
+    page: Any = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -125,6 +156,8 @@ def serve(
         SuperLink itself must not kill the run).
     enroll : callable, optional
         ``enroll(body) -> (status, answer)``: takes the requests of hospitals that want to be let in.
+    page : ASGI application, optional
+        Answers to `/` and below `/status` on the control listener.
     """
     lease: Any = corestate  # the module's constants are integers by type, any number by use
     lease.HEARTBEAT_PATIENCE = task_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
@@ -147,7 +180,7 @@ def serve(
     }
     inner = _Server(
         uvicorn.Config(
-            Guard(app, ("/v1/control/", "/v1/runtime/"), token),
+            Guard(app, ("/v1/control/", "/v1/runtime/"), token, page=page),
             host=control.host,
             port=control.port,
             lifespan="on",
