@@ -52,6 +52,17 @@ PATTERNS = {
 }
 """Patterns of text in words; another pattern is shown as it is."""
 
+METRICS = """\
+# Metrics
+
+`orchestrator start --metrics-port 9464` serves them at `/metrics`, the chart with `metrics.enabled`. They are read from
+the journals and the database: they outlive a restart, and a scrape asks nothing of the processes that run a study.
+`study` is the beginning of a study's id.
+
+| Metric | Type | Labels | Meaning |
+|---|---|---|---|
+"""
+
 EXAMPLE = """\
 name: liver-2026
 dataset: Dataset401_Liver
@@ -270,6 +281,19 @@ def cli_page() -> str:
     return "".join(parts).rstrip() + "\n"
 
 
+def metrics_page() -> str:
+    """What Prometheus is told, as the collector tells it of a state folder with nothing in it."""
+    from orchestrator.metrics import Journals
+
+    nowhere = Path("/nonexistent")
+    rows = []
+    for metric in Journals(nowhere, nowhere / "superlink.db").collect():
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
+        rows.append(f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |")
+    return NOTE.format(source="orchestrator/metrics.py") + METRICS + "\n".join(rows) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Every generated page, by its path."""
     return {
@@ -277,6 +301,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "errors.md": errors_page(),
         REFERENCE / "settings.md": settings_page(),
         REFERENCE / "cli.md": cli_page(),
+        REFERENCE / "metrics.md": metrics_page(),
         REFERENCE / "nnunet-breadth.md": nnunet_breadth_page(),
     }
 

@@ -90,7 +90,7 @@ def _short(history: History) -> list[Any]:
         parts.append(Text(f"{len(incomplete)} of {len(history.rounds)} rounds went on without some site.", "warn"))
     refused = sum(sum(site.refused.values()) for site in history.sites.values())
     if refused:
-        parts.append(Text(f"{refused} answers were refused and lie in quarantine.", "warn"))
+        parts.append(Text(f"Answers refused, which lie in quarantine: {refused}.", "warn"))
     cases = {name: max(site.cases.values()) for name, site in history.sites.items() if site.cases}
     facts = [
         ("began", timestamp(history.began)),

@@ -125,7 +125,7 @@ def test_a_journal_opened_again_knows_what_happened(tmp_path: Path) -> None:
     journal.close()
     again = Journal(tmp_path, study)
     assert (again.state.phase, again.state.ended, again.state.reason) == ("describing", "failed", "because")
-    assert again.state.failed_submissions == {"one"}
+    assert again.state.ended_submissions == {"one"}
     recorded = again.answer(task)
     assert recorded is not None
     assert recorded.description is not None

@@ -37,7 +37,7 @@ def test_the_file_needs_nothing_else_and_is_the_same_each_time(tmp_path: Path, w
 def test_it_says_what_went_badly_and_escapes_what_others_wrote(whole: Written) -> None:
     text = render(report.report(load(whole.folder), whole.folder))
     assert "1 of 3 rounds went on without some site" in text
-    assert "1 answers were refused" in text
+    assert "Answers refused, which lie in quarantine: 1." in text
     assert "holds &lt;NaN&gt;" in text
     assert "<NaN>" not in text
     scores = text[text.index("The global model on each site") :]

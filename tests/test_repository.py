@@ -177,7 +177,7 @@ def test_help_takes_less_than_six_tenths_of_a_second_of_cpu(program: str) -> Non
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["study.md", "errors.md", "settings.md", "cli.md", "nnunet-breadth.md"])
+@pytest.mark.parametrize("name", ["study.md", "errors.md", "settings.md", "cli.md", "metrics.md", "nnunet-breadth.md"])
 def test_the_reference_is_in_step_with_the_code(name: str) -> None:
     module = generator()
     page = module.REFERENCE / name

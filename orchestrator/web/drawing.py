@@ -31,11 +31,20 @@ def curves(
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     tall, wide = (high - low) or 1.0, (last - first) or 1.0
 
-    def path(curve: Sequence[tuple[float, float]]) -> str:
-        return " ".join(
-            f"{LEFT + (x - first) / wide * (WIDTH - LEFT - 6):.1f},"
-            f"{HEIGHT - BOTTOM - (y - low) / tall * (HEIGHT - BOTTOM - 10):.1f}"
+    def line(name: str, kind: str, curve: Sequence[tuple[float, float]]) -> str:
+        places = [
+            (
+                f"{LEFT + (x - first) / wide * (WIDTH - LEFT - 6):.1f}",
+                f"{HEIGHT - BOTTOM - (y - low) / tall * (HEIGHT - BOTTOM - 10):.1f}",
+            )
             for x, y in curve
+        ]
+        if not places:
+            return ""
+        x, y = places[-1]
+        return (
+            f'<g class="curve {kind}"><title>{html.escape(name)}</title>'
+            f'<polyline points="{" ".join(map(",".join, places))}"/><circle cx="{x}" cy="{y}" r="2.5"/></g>'
         )
 
     parts = [
@@ -48,11 +57,9 @@ def curves(
     ]
     for place, (name, curve) in enumerate(sites.items()):
         kind = f"series-{place % SERIES}" if len(sites) <= NAMED else "faint"
-        parts.append(
-            f'<polyline class="curve {kind}" points="{path(curve)}"><title>{html.escape(name)}</title></polyline>'
-        )
+        parts.append(line(name, kind, curve))
     if len(sites) > 1:
-        parts.append(f'<polyline class="curve pooled" points="{path(pooled)}"><title>all sites</title></polyline>')
+        parts.append(line("all sites", "pooled", pooled))
     return "".join([*parts, "</svg>"])
 
 
