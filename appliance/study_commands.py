@@ -1,4 +1,4 @@
-"""`appliance studies`, `approve`, `rewind`: what the hospital says of the studies that ask it."""
+"""`appliance studies`, `approve`, `rewind`, `report`: what the hospital says of the studies that ask it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,33 @@ def rewind(study: StudyArgument, config: Config = _DEFAULT) -> None:
     typer.echo(f"{found.name} ({found.id[:12]}) may go back to an earlier round, once")
 
 
+def report(
+    study: StudyArgument,
+    config: Config = _DEFAULT,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write.", show_default="(worker/STUDY/report.html)")
+    ] = None,
+) -> None:
+    """Write this site's own report of a study anew: scores of our cases, the worst with pictures. It stays here."""
+    from appliance import settings
+    from appliance.spool import Spool
+    from federation.console import require
+    from federation.errors import Code, FednnunetError
+
+    require("appliance", "matplotlib", "jinja2", "nnunetv2")
+    from appliance.worker import site_report
+
+    loaded = settings.load(config)
+    spool = Spool(loaded.spool)
+    known = site_report.studies(spool)
+    chosen = [one for one in known if one.name == study or (len(study) >= 4 and one.id.startswith(study))]
+    if len(chosen) != 1:
+        there = "".join(f"\n  {one.id[:16]}  {one.name}" for one in chosen or known)
+        raise FednnunetError(Code.STUDY_NOT_FOUND, f"{study}: {len(chosen)} studies of this site{there}")
+    typer.echo(str(site_report.write(spool, loaded.work, chosen[0].id, output)))
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `appliance`."""
-    for command in (studies, approve, rewind):
+    for command in (studies, approve, rewind, report):
         app.command()(command)

@@ -18,8 +18,9 @@ from typing import Any
 from federation import files
 from federation.fingerprint import SiteFingerprint, to_nnunet
 from federation.readable import clock, number, size, timestamp
-from federation.report.figures import Curves, Score, bars, curves, distributions, participation, scores
+from federation.report.figures import Curves, Score, bars, curves, participation, scores
 from federation.report.page import Facts, Figure, Folded, Page, Section, Table, Text, render
+from federation.report.parts import by_axis, intensities, medians, plan_facts
 from federation.tasks import Validation
 from orchestrator.history import History, load
 
@@ -216,66 +217,19 @@ def _fingerprint(folder: Path) -> list[Any]:
         return []
     pooled = SiteFingerprint.model_validate_json(path.read_bytes())
     told = to_nnunet(pooled)
-    channels = told["foreground_intensity_properties_per_channel"]
-    spacing, shape = _median(told["spacings"]), _median(told["shapes_after_crop"])
-    rows = [
-        [
-            f"channel {name}",
-            *(f"{one[key]:.5g}" for key in ("mean", "std", "percentile_00_5", "median", "percentile_99_5")),
-        ]
-        for name, one in channels.items()
-    ]
-    table = Table(["", "mean", "std", "0.5 %", "median", "99.5 %"], rows)
-    drawn = distributions({f"channel {name}": {"all sites": one} for name, one in channels.items()})
+    channels = {"all sites": told["foreground_intensity_properties_per_channel"]}
     return [
         Facts(
             [
                 ("training cases", str(pooled.n_cases)),
                 ("cases with foreground", str(pooled.n_cases_with_foreground)),
-                ("median spacing, mm", _triple(spacing)),
-                ("median shape, voxels", _triple(shape)),
+                ("median spacing, mm", by_axis(medians(told["spacings"]))),
+                ("median shape, voxels", by_axis(medians(told["shapes_after_crop"]))),
             ]
         ),
-        Figure(
-            drawn,
-            "Foreground intensities over all sites: line from the 0.5th to the 99.5th percentile, band one "
-            "standard deviation around the mean (dot), tick at the median.",
-            table,
-        ),
+        intensities(channels, "over all sites"),
         Text("Only the pooled figures are known here; each site's report compares them with its own."),
     ]
-
-
-def _median(values: list[list[float]]) -> list[float]:
-    columns = [sorted(column) for column in zip(*values, strict=True)]
-    return [(column[(len(column) - 1) // 2] + column[len(column) // 2]) / 2 for column in columns]
-
-
-def _triple(values: list[float]) -> str:
-    return " x ".join(f"{value:g}" for value in values)
-
-
-def plan_facts(plans: Mapping[str, Any], configuration: str) -> Facts:
-    """What people ask about a plan."""
-    given = plans["configurations"]
-    own = dict(given[configuration])
-    while (parent := own.get("inherits_from")) is not None:
-        own = {**given[parent], **{key: value for key, value in own.items() if key != "inherits_from"}}
-        if given[parent].get("inherits_from") is not None:
-            own["inherits_from"] = given[parent]["inherits_from"]
-    kwargs = own["architecture"]["arch_kwargs"]
-    return Facts(
-        [
-            ("plans", str(plans["plans_name"])),
-            ("network", own["architecture"]["network_class_name"].rpartition(".")[2]),
-            ("patch size, voxels", _triple(own["patch_size"])),
-            ("batch size", str(own["batch_size"])),
-            ("spacing, mm", _triple(own["spacing"])),
-            ("stages", str(kwargs["n_stages"])),
-            ("features", ", ".join(map(str, kwargs["features_per_stage"]))),
-            ("normalization", ", ".join(own["normalization_schemes"])),
-        ]
-    )
 
 
 def _plan(history: History, folder: Path) -> list[Any]:

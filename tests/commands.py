@@ -82,6 +82,11 @@ def fednnunet(*arguments: object, cwd: Path, timeout: float = 300, **changes: st
     return command(FEDNNUNET, *arguments, cwd=cwd, timeout=timeout, **changes)
 
 
+def appliance(*arguments: object, cwd: Path, timeout: float = 300, **changes: str | None) -> Done:
+    """Run `appliance` to its end."""
+    return command(APPLIANCE, *arguments, cwd=cwd, timeout=timeout, **changes)
+
+
 def good(done: Done) -> Done:
     """The command ended well, and without a word on stderr."""
     assert done.status == 0, done

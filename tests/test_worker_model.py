@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import appliance, good, refused
 from worker_site import NAME, Site, initial_weights, make_study, prepared_site, shared_site
 
 from federation import files, tasks, weights
@@ -261,3 +262,56 @@ def test_the_pooled_summary_has_nnunets_keys_for_labels_and_regions() -> None:
 def test_the_coordinator_needs_no_torch_for_models() -> None:
     code = "import sys, orchestrator.model; sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_the_sites_own_report_scores_its_cases_shows_the_worst_and_stays_there(
+    finished: tuple[Site, Path, tasks.Validation],
+) -> None:
+    site, _, validation = finished
+    file = site.settings.work / site.study.id / "report.html"
+    assert file.stat().st_mode & 0o777 == 0o600
+    text = file.read_text(encoding="utf-8")
+    assert "Done: the final model lies here" in text
+    assert f"{validation.test['outer'].mean:.3f}" in text
+    summary = files.read_json(results_of(site) / MODEL / "fold_0" / "test" / "summary.json")
+    lowest = {
+        Path(case["prediction_file"]).name.removesuffix(".nii.gz"): min(
+            case["metrics"][label]["Dice"] for label in ("1", "2")
+        )
+        for case in summary["metric_per_case"]
+    }
+    worst, better = sorted(lowest, key=lambda name: lowest[name])
+    pictures = text[text.index("The worst cases</h2>") :]
+    assert pictures.index(worst) < pictures.index(better)
+    assert pictures.count("data:image/png;base64,") == 2
+    assert "https://" not in text.replace("https://www.w3.org", "").replace("http://www.w3.org", "")
+    outbox = site.spool.outbox / site.study.id
+    assert not [path for path in outbox.rglob("*") if path.is_file() and b"case_0" in path.read_bytes()]
+
+
+def test_appliance_report_writes_it_again_and_says_which_studies_there_are(
+    finished: tuple[Site, Path, tasks.Validation], tmp_path: Path
+) -> None:
+    site = finished[0]
+    settings = tmp_path / "site.toml"
+    values = site.settings.model_dump(mode="json", exclude_none=True)
+    kept = ("name", "orchestrator", "data", "state", "device")
+    settings.write_text("".join(f'{key} = "{values[key]}"\n' for key in kept))
+    written = []
+    for name in ("again.html", "once_more.html"):
+        good(appliance("report", "blobs", "--config", settings, "--output", tmp_path / name, cwd=tmp_path))
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    assert b'<th scope="row">finish</th>' in written[0], "what left, the last answer too"
+    refused(appliance("report", "other", "--config", settings, cwd=tmp_path), 120, "blobs")
+
+
+def test_an_interval_is_the_same_each_time_and_holds_the_mean() -> None:
+    from appliance.worker.site_report import interval
+
+    values = [0.5, 0.7, 0.8, 0.9, 0.95, 0.6]
+    low, high = interval(values)
+    assert 0.5 < low < float(np.mean(values)) < high < 0.95
+    assert interval(values) == (low, high)
+    assert interval([0.7]) == (0.7, 0.7)
+    assert interval([0.7, 0.7]) == (0.7, 0.7)

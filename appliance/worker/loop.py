@@ -10,6 +10,7 @@ Rules:
   when no study runs any more: a device is held for nobody.
 - While nothing is asked, the worker imports what training needs, and after Prepare it starts the first fold's
   trainer, so that round 1 does not wait for that.
+- With the last Finish it writes the site's own report, which stays here.
 - `work/status.json` says what the worker is doing, for people and for the supervisor.
 """
 
@@ -257,7 +258,19 @@ class Worker:
         trainer = self._at_the_end(task, fold, workspace, control)
         validation.finish(trainer, global_weights, control)
         self._close()
+        if fold == task.study.folds[-1]:
+            self._write_report(task, control)
         return tasks.Result.answering(task, finished=tasks.Finished(model_sha256=digest))
+
+    def _write_report(self, task: tasks.Task, control: Control) -> None:
+        """The site's own report; one that cannot be written changes nothing (`appliance report` writes it again)."""
+        from appliance.worker import site_report
+
+        control.phase("writing the report")
+        try:
+            site_report.write(self.spool, self.settings.work, task.study.id)
+        except Exception as error:  # noqa: BLE001 - the model is what the study is for
+            self._report(error, task)
 
     # the trainer
 

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 INK, FAINT = "#010101", "#020202"
 SERIES = 8
@@ -226,6 +229,33 @@ def distributions(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> st
             axes.set_ylim(len(entries) - 0.5, -0.5)
             axes.set_title(channel, loc="left")
         return _svg(canvas, "intensities-" + "-".join(panels))
+
+
+def overlay(
+    image: NDArray[np.floating[Any]], reference: NDArray[np.bool_], prediction: NDArray[np.bool_], aspect: float
+) -> str:
+    """One slice with the outlines of the reference and of the prediction, as a data URL (PNG).
+
+    Parameters
+    ----------
+    image : ndarray
+        Shape (rows, columns); shown from its 1st to its 99th percentile.
+    reference, prediction : ndarray
+        Same shape, True inside.
+    aspect : float
+        Height of a row over width of a column, in mm.
+    """
+    low, high = np.percentile(image, [1, 99])
+    canvas = Canvas(figsize=(2.6, 2.6), dpi=100, layout="constrained", facecolor="black")
+    axes = canvas.add_subplot()
+    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
+    for mask, shade, style in ((reference, "#56b4e9", "solid"), (prediction, "#e69f00", "dashed")):
+        if mask.any() and not mask.all():
+            axes.contour(mask.astype(float), [0.5], colors=[shade], linewidths=1.4, linestyles=style)
+    axes.set_axis_off()
+    stream = io.BytesIO()
+    canvas.savefig(stream, format="png", metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def participation(sites: Sequence[str], rounds: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:

@@ -1,0 +1,393 @@
+"""A site's own report of a study: what its patients get from the federation. It stays at the site.
+
+Rules:
+
+- It names cases and shows pictures, so it is written below the worker's folder, is sent nowhere, and says so.
+- It can be written at any time from what lies at the site: the spool's answers, nnU-Net's own files, the dataset.
+- The worst cases come first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from appliance.spool import Spool
+from appliance.worker import dataset
+from appliance.worker.contents import Case
+from appliance.worker.workspace import Workspace
+from federation import files, native, tasks
+from federation.errors import Code, FednnunetError
+from federation.readable import number, size
+from federation.report.figures import Curves, Score, bars, curves, overlay, scores
+from federation.report.page import Facts, Figure, Folded, Page, Picture, Section, Table, Text, render
+from federation.report.parts import by_axis, intensities, medians, plan_facts
+from federation.study import Study
+
+FILE = "report.html"
+WORST = 6
+MOST_CASES = 200
+SEED = 12345
+CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "pseudo_dice": "pseudo-Dice"}
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One case: its Dice for each label (None where the label neither occurs nor was predicted), and its files."""
+
+    name: str
+    dice: dict[str, float | None]
+    prediction: Path
+    reference: Path
+
+    @property
+    def worst(self) -> float:
+        """The lowest Dice of its labels."""
+        return min((value for value in self.dice.values() if value is not None), default=1.0)
+
+
+class SiteStudy:
+    """What lies at this site of one study.
+
+    Parameters
+    ----------
+    spool : Spool
+        The spool.
+    work : Path
+        The worker's folder.
+    study_id : str
+        The study's id; raises FNU-120 where this site has had no task of it.
+    """
+
+    def __init__(self, spool: Spool, work: Path, study_id: str) -> None:
+        self._spool = spool
+        bodies = sorted((spool.inbox / study_id).glob("*/task.json"))
+        if not bodies:
+            raise FednnunetError(Code.STUDY_NOT_FOUND, f"no task of {study_id[:16]} has come here")
+        task = tasks.parse_task(bodies[0].read_bytes())
+        self.study, self.site = task.study, task.site
+        self.workspace = Workspace(work, task.study)
+        self.results = [
+            tasks.parse_result(path.read_bytes()) for path in sorted((spool.outbox / study_id).glob("*/result.json"))
+        ]
+        self.asked_rounds = {
+            fold: len(list((spool.inbox / study_id).glob(f"train-fold_{fold}-*"))) for fold in task.study.folds
+        }
+
+    def trained(self, fold: str) -> list[tuple[int, tasks.Training]]:
+        """(round, report) of each round that this site has trained."""
+        found = [
+            (result.round, result.training)
+            for result in self.results
+            if result.training is not None and result.fold == fold and result.round is not None
+        ]
+        return sorted(found, key=lambda pair: pair[0])
+
+    def plans(self) -> dict[str, Any] | None:
+        """The plans prepared here."""
+        prepared = self.workspace.preprocessed / "prepared.json"
+        if not prepared.exists():
+            return None
+        name = files.read_json(prepared)["plans_name"]
+        plans: dict[str, Any] = files.read_json(self.workspace.preprocessed / f"{name}.json")
+        return plans
+
+    def finished(self) -> bool:
+        """Whether the final model of the last fold lies here."""
+        plans = self.plans()
+        folder = self.workspace.model(plans) / f"fold_{self.study.folds[-1]}" if plans else None
+        return folder is not None and (folder / native.CHECKPOINT).exists()
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """nnU-Net's fingerprint of this site's own cases."""
+        path = self.workspace.preprocessed / "dataset_fingerprint.json"
+        return files.read_json(path) if path.exists() else None
+
+    def cases(self, plans: dict[str, Any], fold: str, kind: str) -> list[CaseScore]:
+        """Scores of single cases from nnU-Net's summary, the worst first; `kind` is `test` or `validation`."""
+        folder = self.workspace.model(plans) / f"fold_{fold}" / kind
+        if not (folder / "summary.json").exists():
+            return []
+        labels = _labels(self.study)
+        found = []
+        for entry in files.read_json(folder / "summary.json")["metric_per_case"]:
+            path = Path(entry["prediction_file"])
+            dice = {}
+            for name, key in labels.items():
+                value = entry["metrics"].get(key, {}).get("Dice")
+                dice[name] = None if value is None or math.isnan(value) else float(value)
+            stem = path.name.removesuffix(self.study.file_ending)
+            found.append(CaseScore(stem, dice, folder / path.name, Path(entry["reference_file"])))
+        return sorted(found, key=lambda case: (case.worst, case.name))
+
+    def images(self) -> dict[str, Case]:
+        """The dataset's cases with their files, as the examination found them."""
+        examined = dataset.load(self.workspace.root / "examination")
+        return {} if examined is None else {**examined.cases, **examined.test_cases}
+
+
+def studies(spool: Spool) -> list[Study]:
+    """Every study that has asked this site something, by its name."""
+    found = []
+    for folder in spool.inbox.iterdir():
+        body = next(iter(sorted(folder.glob("*/task.json"))), None)
+        if body is not None:
+            found.append(tasks.parse_task(body.read_bytes()).study)
+    return sorted(found, key=lambda study: (study.name, study.id))
+
+
+def _labels(study: Study) -> dict[str, str]:
+    """The study's name of each foreground label or region, and nnU-Net's key for it in a summary."""
+    found = {}
+    regions = any(isinstance(value, list) for value in study.labels.values())
+    for name, value in study.labels.items():
+        values = value if isinstance(value, list) else [value]
+        if name in ("background", "ignore") or values == [0]:
+            continue
+        found[name] = str(tuple(values)) if regions and isinstance(value, list) else str(values[0])
+    return found
+
+
+def write(spool: Spool, work: Path, study_id: str, output: Path | None = None) -> Path:
+    """Write the report of one study; returns the file, `report.html` in the study's folder unless given."""
+    told = SiteStudy(spool, work, study_id)
+    target = output or told.workspace.root / FILE
+    files.write_bytes(target, render(report(told)).encode(), 0o600)
+    return target
+
+
+def report(told: SiteStudy) -> Page:
+    """The report as data."""
+    plans = told.plans()
+    sections = [
+        Section("In short", _short(told)),
+        Section("How good the model is on our cases", _scores(told, plans) if plans else []),
+        Section("The worst cases", _pictures(told, plans) if plans else []),
+        Section("Our training", _curves(told)),
+        Section("Our data beside the federation's", _data(told, plans) if plans else []),
+        Section("The plan", [plan_facts(plans, told.study.configuration)] if plans else []),
+        Section("Time", _time(told)),
+        Section("What left this site", _left(told)),
+        Section("Versions and settings", _record(told)),
+    ]
+    return Page(
+        title=f"{told.site} in study {told.study.name}",
+        subtitle=f"{told.study.dataset}, {told.study.configuration}, fold {told.study.fold}, id {told.study.id}",
+        sections=[section for section in sections if section.parts],
+        foot="Written by this hospital's appliance and kept here. It names cases and shows images: it is not meant to "
+        "leave the hospital. Research software: not a medical device, not for diagnosis.",
+    )
+
+
+def _short(told: SiteStudy) -> list[Any]:
+    parts: list[Any] = []
+    if told.finished():
+        parts.append(Text("Done: the final model lies here, in nnU-Net's own layout.", "good"))
+    else:
+        parts.append(Text("The study has not ended here: there is no final model yet.", "warn"))
+    failures = [result for result in told.results if result.failure is not None]
+    for result in failures[:5]:
+        assert result.failure is not None
+        parts.append(Text(f"{result.kind}: {result.failure.describe()}", "bad"))
+    rounds = {fold: len(told.trained(fold)) for fold in told.study.folds}
+    facts = [
+        (
+            "rounds trained here",
+            ", ".join(f"{done} of {told.study.rounds} (fold {fold})" for fold, done in rounds.items()),
+        ),
+        ("sites in the study", str(len(told.study.sites))),
+    ]
+    description = next((result.description for result in told.results if result.description), None)
+    if description is not None:
+        facts += [("training cases", str(description.training_cases)), ("test cases", str(description.test_cases))]
+    return [*parts, Facts(facts)]
+
+
+def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
+    parts: list[Any] = []
+    for fold in told.study.folds:
+        for kind, what in (("test", "cases of imagesTs"), ("validation", f"held-out training cases of fold {fold}")):
+            cases = told.cases(plans, fold, kind)
+            if not cases:
+                continue
+            means, rows = [], []
+            for label in cases[0].dice:
+                values = [value for case in cases if (value := case.dice[label]) is not None]
+                if values:
+                    low, high = interval(values)
+                    means.append(Score(label, float(np.mean(values)), float(np.std(values)), min(values)))
+                    between = f"{number(low)} to {number(high)}" if len(values) > 1 else "-"
+                    rows.append([label, str(len(values)), number(means[-1].mean), between, number(min(values))])
+            header = ["label", "cases", "mean Dice", "95 % interval", "worst case"]
+            caption = (
+                f"Dice of the final model on our {len(cases)} {what}: mean, standard deviation (bar), worst (tick)."
+            )
+            parts.append(Figure(scores({"our cases": means}), caption, Table(header, rows)))
+            single = [[case.name, *(number(value) for value in case.dice.values())] for case in cases[:MOST_CASES]]
+            parts.append(Folded(f"Every case of {what}, the worst first", [Table(["case", *cases[0].dice], single)]))
+    if parts:
+        parts.append(
+            Text(
+                "The interval is a bootstrap over cases (percentiles): with few cases it is wide, and it says nothing "
+                "about other hospitals' patients."
+            )
+        )
+    return parts
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean (2000 resamples of the cases, percentiles, seeded)."""
+    if len(values) < 2 or min(values) == max(values):
+        return float(min(values)), float(max(values))
+    from scipy.stats import bootstrap
+
+    drawn = bootstrap((np.asarray(values),), np.mean, n_resamples=2000, method="percentile", rng=SEED)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def _pictures(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
+    fold = told.study.folds[-1]
+    cases = told.cases(plans, fold, "test") or told.cases(plans, fold, "validation")
+    images, labels = told.images(), _labels(told.study)
+    parts: list[Any] = []
+    for case in cases[:WORST]:
+        found = images.get(case.name)
+        if found is None or not case.prediction.exists() or not case.reference.exists():
+            continue
+        label = min(case.dice, key=lambda name: 1.0 if case.dice[name] is None else case.dice[name] or 0.0)
+        values = [int(part) for part in labels[label].strip("(),").split(",") if part.strip()]
+        drawn = _middle(plans, found, case, values)
+        if drawn is not None:
+            told_dice = ", ".join(f"{name} {number(value)}" for name, value in case.dice.items())
+            parts.append(Picture(drawn, f"{case.name}, {label}; Dice {told_dice}"))
+    if parts:
+        parts.insert(
+            0,
+            Text(
+                "The slice with the largest area of reference and prediction together, for the label that "
+                "went worst. Blue: reference; orange, dashed: prediction."
+            ),
+        )
+    return parts
+
+
+def _middle(plans: dict[str, Any], found: Case, case: CaseScore, values: Sequence[int]) -> str | None:
+    """The overlay of the slice that shows most of a label; None where the files cannot be drawn."""
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    reader = recursive_find_reader_writer_by_name(plans["image_reader_writer"])()
+    image, properties = reader.read_images([str(path) for path in found.images])
+    reference, _ = reader.read_seg(str(case.reference))
+    prediction, _ = reader.read_seg(str(case.prediction))
+    if not image.shape[1:] == reference.shape[1:] == prediction.shape[1:]:
+        return None
+    inside: list[NDArray[np.bool_]] = [np.isin(mask[0], values) for mask in (reference, prediction)]
+    spacing = properties["spacing"]
+    axis = int(np.argmax(spacing))
+    both = (inside[0] | inside[1]).sum(axis=tuple(other for other in range(3) if other != axis))
+    place = int(np.argmax(both))
+    rows, columns = (float(spacing[other]) for other in range(3) if other != axis)
+    slices = [np.take(array, place, axis=axis) for array in (image[0], *inside)]
+    return overlay(slices[0].astype(float), slices[1], slices[2], rows / columns)
+
+
+def _curves(told: SiteStudy) -> list[Any]:
+    parts: list[Any] = []
+    for fold in told.study.folds:
+        points: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
+        for done, training in told.trained(fold):
+            before = (done - 1) * told.study.epochs_per_round
+            for place in range(training.epochs):
+                epoch = before + place + 1
+                points["train_loss"].append((epoch, training.train_loss[place]))
+                points["val_loss"].append((epoch, training.val_loss[place]))
+                known = [value for value in training.pseudo_dice[place] if value is not None]
+                if known:
+                    points["pseudo_dice"].append((epoch, sum(known) / len(known)))
+        if points["train_loss"]:
+            panels = [Curves(title, {told.site: points[name]}) for name, title in CURVES.items()]
+            missed = told.study.rounds - len(told.trained(fold))
+            caption = f"Fold {fold}: this site's own training." + (
+                f" It missed {missed} rounds so far." if missed else ""
+            )
+            parts.append(Figure(curves(panels), caption))
+    return parts
+
+
+def _data(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
+    own = told.fingerprint()
+    if own is None:
+        return []
+    ours = own["foreground_intensity_properties_per_channel"]
+    datasets = {told.site: ours}
+    parts: list[Any] = [
+        Facts(
+            [
+                ("our median spacing, mm", by_axis(medians(own["spacings"]))),
+                ("our median shape, voxels", by_axis(medians(own["shapes_after_crop"]))),
+            ]
+        )
+    ]
+    if told.study.mode == "ffe":
+        datasets = {"all sites": plans["foreground_intensity_properties_per_channel"], **datasets}
+        parts[0] = Facts(
+            [
+                *parts[0].rows,
+                ("all sites' median spacing, mm", by_axis(plans["original_median_spacing_after_transp"])),
+                ("all sites' median shape, voxels", by_axis(plans["original_median_shape_after_transp"])),
+            ]
+        )
+    return [*parts, intensities(datasets, "of our cases and of all sites" if len(datasets) > 1 else "of our cases")]
+
+
+def _time(told: SiteStudy) -> list[Any]:
+    rows: dict[str, dict[str, float]] = {}
+    for fold in told.study.folds:
+        row: dict[str, float] = {}
+        for _, training in told.trained(fold):
+            for part, seconds in training.seconds.items():
+                row[part] = row.get(part, 0.0) + seconds
+        if row:
+            rows[f"fold {fold}"] = row
+    if not rows:
+        return []
+    names = list(dict.fromkeys(part for row in rows.values() for part in row))
+    table = Table(
+        ["", *names], [[name, *(f"{row.get(part, 0.0):.1f}" for part in names)] for name, row in rows.items()]
+    )
+    return [Figure(bars(rows, "seconds"), "Seconds of work in the rounds, over all of them.", table)]
+
+
+def _left(told: SiteStudy) -> list[Any]:
+    counted: dict[str, list[float]] = {}
+    for result in told.results:
+        body = len(result.model_dump_json(indent=1).encode())
+        weights = result.weights.nbytes if result.weights is not None else 0
+        row = counted.setdefault(str(result.kind), [0, 0, 0])
+        row[0] += 1
+        row[1] += body
+        row[2] += weights
+    rows = [[kind, f"{count:.0f}", size(body), size(weights)] for kind, (count, body, weights) in counted.items()]
+    if not rows:
+        return []
+    return [
+        Table(["answers to", "number", "sums and counts", "weights"], rows),
+        Text(
+            "What was laid into the outbox. The ledger is the record of what was sent, with a SHA-256 for each answer: "
+            "appliance ledger show."
+        ),
+    ]
+
+
+def _record(told: SiteStudy) -> list[Any]:
+    description = next((result.description for result in told.results if result.description), None)
+    facts = [("study", told.study.id)]
+    facts += list(description.versions.items()) if description is not None else []
+    settings = [[name, str(value)] for name, value in told.study.model_dump(mode="json").items()]
+    return [Facts(facts), Folded("Every setting of the study", [Table(["setting", "value"], settings, words=(1,))])]
