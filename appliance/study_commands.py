@@ -93,11 +93,13 @@ def report(
     from appliance.spool import Spool
     from federation.console import require
     from federation.errors import Code, FednnunetError
+    from federation.processes import use_cache
 
     require("appliance", "matplotlib", "jinja2", "nnunetv2")
+    loaded = settings.load(config)
+    use_cache(loaded.state)
     from appliance.worker import site_report
 
-    loaded = settings.load(config)
     spool = Spool(loaded.spool)
     known = site_report.studies(spool)
     chosen = [one for one in known if one.name == study or (len(study) >= 4 and one.id.startswith(study))]

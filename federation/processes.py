@@ -353,6 +353,14 @@ def own_folders(state: Path, owned: Path) -> dict[str, str]:
     return variables
 
 
+def use_cache(state: Path) -> None:
+    """Let matplotlib keep its cache below a state folder, where the environment says nothing else.
+
+    In a container with a read-only root there may be no other place.
+    """
+    os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
+
+
 def stop_on_signals() -> Callable[[], bool]:
     """From here on SIGTERM and SIGINT ask this process to stop; returns whether one has come."""
     came: list[int] = []

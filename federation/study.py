@@ -4,7 +4,9 @@ Rules:
 
 - A key the study does not know is an error, never ignored.
 - The study's id is the SHA-256 of its canonical JSON: two files that mean the same have the same id,
-  and no side can be made to run another study under a known id.
+  and no side can be made to run another study under a known id. Defaults are left out of it: a field that a later
+  version adds, whose default is what was done before, does not make another study of one that is under way. So a
+  default never changes.
 - Everything here travels to every hospital: nothing secret, nothing about one site alone.
 """
 
@@ -329,8 +331,8 @@ class Study(BaseModel):
 
     @property
     def id(self) -> str:
-        """SHA-256 of the canonical JSON, in hex."""
-        return sha256_json(self.model_dump(mode="json"))
+        """SHA-256 of the canonical JSON of what differs from the defaults, in hex."""
+        return sha256_json(self.model_dump(mode="json", exclude_defaults=True))
 
     @property
     def one_model(self) -> bool:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from commands import fednnunet, good, phantom_study, refused, write_study
+from pydantic import Field
 
 from federation.errors import Code, FednnunetError
 from federation.layers import kept_local, possible_names
-from federation.study import parse
+from federation.study import Study, parse
 
 FIVE = [f"site_{number}" for number in range(5)]
 CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
@@ -122,3 +123,15 @@ def test_aliases_name_the_layers_they_mean(residual: bool) -> None:
     assert {name for name in names if "seg_layers" in name} == head
     assert kept_local(names, ["norm", "seg_head"]) == norm | head
     assert not kept_local(names, [])
+
+
+def test_a_field_that_a_later_version_adds_leaves_the_id_of_a_study_under_way() -> None:
+    class Later(Study):
+        compare: str = Field("none", description="a field of a later version")
+
+    given = {**phantom_study(["a", "b"]), "aggregation": {"method": "mean"}}
+    assert Later.model_validate(given).id == parse(given).id
+    assert Later.model_validate({**given, "compare": "local"}).id != parse(given).id
+    spelt_out = parse(given).model_dump(mode="json")
+    assert parse(spelt_out).id == parse(given).id, "defaults written down are the same study"
+    assert parse({**given, "aggregation": {"method": "mean", "max_update_ratio": 9.0}}).id != parse(given).id

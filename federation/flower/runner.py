@@ -37,7 +37,8 @@ from federation.flower.transfer import Ready, Received, Transfer, Unavailable, c
 
 log = logging.getLogger("fednnunet.runner")
 
-RUN_LOOK = 2.0  # seconds between two looks whether a run has ended
+RUN_LOOK = 2.0  # seconds between two looks whether a run has ended, while a task of it is done
+IDLE_LOOK = 4.0  # the same between two tasks, which may be long where other sites are slow
 RUN_GRACE = 6.0
 """Seconds after a run's end in which another run of the same study may ask on: a coordinator that was restarted."""
 SITE_LOST = frozenset(
@@ -250,7 +251,7 @@ def serve_tasks(
             over_since = 0.0
             continue
         now = time.monotonic()
-        if last is not None and over_since == 0.0 and now - looked >= RUN_LOOK:
+        if last is not None and over_since == 0.0 and now - looked >= IDLE_LOOK:
             looked = now
             over_since = now if run_over(*last) else 0.0
         if over_since and now - over_since >= RUN_GRACE:

@@ -234,9 +234,12 @@ def export(
     from rich.console import Console
 
     from federation.console import require
-    from orchestrator.admin.take_out import take_out
+    from federation.processes import use_cache
 
     require("orchestrator", "matplotlib", "jinja2")
+    use_cache(state.resolve())
+    from orchestrator.admin.take_out import take_out
+
     found = _find(state, which)
     for path in take_out(found, output):
         Console().print(str(path), soft_wrap=True, highlight=False)
@@ -255,8 +258,10 @@ def report(
     from rich.console import Console
 
     from federation.console import require
+    from federation.processes import use_cache
 
     require("orchestrator", "matplotlib", "jinja2")
+    use_cache(state.resolve())
     from orchestrator.report import write
 
     found = _find(state, which)
