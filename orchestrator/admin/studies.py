@@ -269,6 +269,25 @@ def report(
 
 
 @app.command()
+def track(
+    which: Which,
+    state: State,
+    tensorboard: Annotated[Path, typer.Option(help="TensorBoard's folder; the study's own folder in it is replaced.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the study ends.")] = False,
+) -> None:
+    """Write a study's curves as TensorBoard event files."""
+    from rich.console import Console
+
+    from federation.console import require
+
+    require("tracking", "tensorboardX")
+    from orchestrator.admin import tracking
+
+    folder = tracking.track(_find(state, which), tensorboard, follow, lambda: time.sleep(1.0))
+    Console().print(f"tensorboard --logdir {folder.parent}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def best(
     studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Names of finished studies, or their ids.")],
     state: State,
