@@ -35,7 +35,7 @@ MOST_WARNINGS = 200
 MOST_NAMED = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Epoch:
     """One epoch at one site.
 

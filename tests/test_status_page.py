@@ -152,3 +152,22 @@ def test_a_study_is_watched_in_a_browser_from_its_start_to_its_report(
             page.get_by_role("link", name="All studies and sites").click()
             page.get_by_role("heading", name="Studies", exact=True).wait_for()
             picture(page, "status-overview")
+
+
+def test_a_page_is_rendered_anew_only_where_something_has_changed(tmp_path: Path, whole: Written) -> None:
+    pages = Pages(Books(tmp_path, tmp_path / "none.db"))
+    first = pages._content(whole.study.id)
+    assert pages._content(whole.study.id) is first
+    report.write(whole.folder)
+    assert "The report" in pages._content(whole.study.id)
+    whole.write("opened", run=2)
+    assert "The report" in pages._content(whole.study.id)
+    assert "<strong>done</strong>" not in pages._content(whole.study.id)
+    assert pages._content("f" * 64) == "<p>The study is gone.</p>"
+
+
+def test_a_long_curve_is_drawn_with_few_points_and_ends_where_it_ends() -> None:
+    curve = [(number, 1.0 / number) for number in range(1, 5001)]
+    points = curves("loss", {"a": curve}, []).split('points="')[1].split('"')[0].split()
+    assert len(points) <= 210
+    assert points[-1].startswith("414.0,"), "the last epoch at the right edge"

@@ -27,7 +27,7 @@ from federation import report
 from federation.readable import ago, clock, number, size, timestamp
 from orchestrator.history import PHASES, History
 from orchestrator.web import drawing
-from orchestrator.web.books import Books
+from orchestrator.web.books import Books, Site
 
 ROOT = "/status"
 EVERY, ALIVE = 1.0, 10.0
@@ -54,6 +54,7 @@ class Pages:
     def __init__(self, books: Books) -> None:
         self._books = books
         self._streams = 0
+        self._rendered: dict[str | None, tuple[object, str]] = {}
         self._environment = Environment(
             loader=FileSystemLoader(_HERE),
             autoescape=True,
@@ -100,15 +101,24 @@ class Pages:
         return HTMLResponse(page, headers=_HEADERS)
 
     def _content(self, study: str | None) -> str:
-        """What changes on a page: the overview, or one study."""
+        """What changes on a page: the overview, or one study. Rendered anew only where something has changed."""
+        histories, sites = self._books.histories(), self._books.sites()
+        shown = [one for one in histories if study in (None, one.study.id)]
+        files = [len(self._offered(one)) for one in shown]
+        state = ([(one.study.id, one.lines) for one in shown], [(site.name, site.online) for site in sites], files)
+        before, content = self._rendered.get(study, (None, ""))
+        if before != state:
+            content = self._render(shown, sites, study)
+            self._rendered[study] = state, content
+        return content
+
+    def _render(self, histories: list[History], sites: list[Site], study: str | None) -> str:
         if study is None:
-            return self._environment.get_template("overview.html").render(
-                histories=self._books.histories(), sites=self._books.sites()
-            )
-        history = self._books.history(study)
-        if history is None:
+            return self._environment.get_template("overview.html").render(histories=histories, sites=sites)
+        if not histories:
             return "<p>The study is gone.</p>"
-        online = {site.name: site.online for site in self._books.sites()}
+        (history,) = histories
+        online = {site.name: site.online for site in sites}
         return self._environment.get_template("study.html").render(
             history=history, online=online, **self._drawn(history), files=list(self._offered(history))
         )

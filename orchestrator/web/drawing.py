@@ -24,6 +24,7 @@ def curves(
     pooled : sequence
         (epoch, value) over all sites.
     """
+    sites, pooled = {name: thin(curve) for name, curve in sites.items()}, thin(pooled)
     points = [point for curve in (*sites.values(), pooled) for point in curve]
     if not points:
         return ""
@@ -61,6 +62,12 @@ def curves(
     if len(sites) > 1:
         parts.append(line("all sites", "pooled", pooled))
     return "".join([*parts, "</svg>"])
+
+
+def thin(curve: Sequence[tuple[float, float]], most: int = 200) -> Sequence[tuple[float, float]]:
+    """Every so many points of a long curve, and its last."""
+    step = -(-len(curve) // most) if len(curve) > most else 1
+    return curve if step == 1 else [*curve[:-1:step], curve[-1]]
 
 
 def grid(sites: Sequence[str], rounds: Sequence[Mapping[str, str]], total: int, most: int = 100) -> str:
