@@ -40,6 +40,7 @@ def in_plain_words(study: Study, site: str) -> str:
         "What it asks of this hospital",
         f"  {rounds} rounds of training, {steps} steps in all, on this site's own images"
         + (f" ({study.rounds} rounds for each of {len(study.folds)} folds)." if len(study.folds) > 1 else "."),
+        *([_compared(study)] if study.compare == "local" else []),
         f"  A round may take up to {_time(study.round_deadline)}; then the others go on without it"
         + (" (all sites are needed)." if study.quorum is None else f" ({study.quorum} sites are enough)."),
         "",
@@ -64,7 +65,12 @@ def in_plain_words(study: Study, site: str) -> str:
         f"  In each round the network's weights{kept}, "
         + ("float32" if study.wire == "full" else "as float16 differences")
         + "; losses and online Dice of each epoch.",
-        "  After the last round: Dice of each label (mean, deviation, minimum, number of cases).",
+        "  After the last round: Dice of each label (mean, deviation, minimum, number of cases)"
+        + (
+            " of the model, of this site's own training alone, and of both together."
+            if study.compare == "local"
+            else "."
+        ),
         "  No image, no label, no case's name, no prediction.",
         "",
         "What comes back",
@@ -76,6 +82,10 @@ def in_plain_words(study: Study, site: str) -> str:
         + " Other hospitals get the shared weights, too: they are computed from all sites' patients.",
     ]
     return "\n".join(lines)
+
+
+def _compared(study: Study) -> str:
+    return f"  The same training again on its images alone, then {study.personalise_epochs} epochs on from the model."
 
 
 def _time(seconds: float) -> str:

@@ -225,6 +225,15 @@ class Study(BaseModel):
     save_probabilities: bool = Field(
         False, description="Sites keep the softmax output of the final validation (--npz). It never leaves a site."
     )
+    compare: Literal["none", "local"] = Field(
+        "none",
+        description="`local`: when the model is finished, each site trains alone as long as the federation did, "
+        "personalises the global model, and says how the three do on its own held-out cases. It takes about as long "
+        "again as the training.",
+    )
+    personalise_epochs: int = Field(
+        10, ge=1, description="`compare: local`: epochs in which a site goes on from the global model on its own cases."
+    )
     stop_after: StopAfter = Field(
         "finish", description="End the study after this phase: describe, fingerprint, plan, prepare or finish."
     )
@@ -267,6 +276,7 @@ class Study(BaseModel):
             self._mode_fault(),
             self._local_fault(),
             self._cascade_fault(),
+            self._comparison_fault(),
         ):
             if fault is not None:
                 raise ValueError(fault)
@@ -320,6 +330,17 @@ class Study(BaseModel):
             return "previous_stage and configuration 3d_cascade_fullres need each other"
         if self.configuration == CASCADE and self.mode == "asymfedavg":
             return "3d_cascade_fullres needs mode ffe: its first stage is one model for all sites"
+        return None
+
+    def _comparison_fault(self) -> str | None:
+        if self.compare == "none":
+            return None
+        if self.stop_after != "finish":
+            return "compare needs a finished model: stop_after must be finish"
+        if self.configuration == CASCADE:
+            return "compare knows no cascade: compare its first stage, 3d_lowres"
+        if self.pretrained_weights is not None:
+            return "compare does not go with pretrained_weights: a site alone would begin without them"
         return None
 
     def label_values(self) -> set[int]:

@@ -31,7 +31,7 @@ class _Body(BaseModel):
 
 
 class Kind(StrEnum):
-    """The six tasks, in the order of a study."""
+    """The tasks, in the order of a study."""
 
     DESCRIBE = "describe"
     FINGERPRINT = "fingerprint"
@@ -39,6 +39,7 @@ class Kind(StrEnum):
     TRAIN = "train"
     VALIDATE = "validate"
     FINISH = "finish"
+    COMPARE = "compare"
 
 
 class Weights(_Body):
@@ -189,6 +190,17 @@ class Finished(_Body):
     model_sha256: Sha256 = Field(description="Digest of the global weights the model was built from.")
 
 
+class Comparison(_Body):
+    """Answer to Compare: the site's own training, and the global model once personalised.
+
+    Both on the very cases that Validate judged the global model on; sums only.
+    """
+
+    local: Validation
+    personalised: Validation
+    seconds: float
+
+
 class Failure(_Body):
     """A failed task: numbers of the catalogue alone."""
 
@@ -224,6 +236,7 @@ class Result(_Body):
     training: Training | None = None
     validation: Validation | None = None
     finished: Finished | None = None
+    comparison: Comparison | None = None
     weights: Weights | None = None
 
     @classmethod

@@ -47,6 +47,7 @@ def check_answer(task: Task, result: Result) -> None:
         Kind.TRAIN: result.training,
         Kind.VALIDATE: result.validation,
         Kind.FINISH: result.finished,
+        Kind.COMPARE: result.comparison,
     }[task.kind]
     if report is None:
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: {task.key} was answered without its report")

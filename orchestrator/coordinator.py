@@ -11,9 +11,9 @@ Rules:
 - Between rounds there is one store of all that is shared; every site gets its view of it (orchestrator.views). With
   `asymfedavg` each site has planned for itself, told its network with its answer to Prepare, and keeps the rest.
 
-States: enrolling -> describing -> fingerprinting -> planning -> preparing -> (training -> validating -> finishing,
-for each fold) -> exporting -> done, failed(why) or stopped(by). With `asymfedavg` nothing is fingerprinted or planned
-here.
+States: enrolling -> describing -> fingerprinting -> planning -> preparing -> (training -> validating -> finishing
+[-> comparing], for each fold) -> exporting -> done, failed(why) or stopped(by). With `asymfedavg` nothing is
+fingerprinted or planned here.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ _PHASES = {
     Kind.TRAIN: "training",
     Kind.VALIDATE: "validating",
     Kind.FINISH: "finishing",
+    Kind.COMPARE: "comparing",
 }
 _OF_A_START = ("opened", "asked", "interrupted")  # lines that a study which makes no progress writes too
 
@@ -146,6 +147,8 @@ class Conductor:
             validation[fold] = self._validate(fold)
             finished = self._everyone(Kind.FINISH, fold=fold, weights=self._held(fold), needed=study.needed)
             unfinished |= finished.missing
+            if study.compare == "local":
+                self._everyone(Kind.COMPARE, fold=fold, accept=self._accept_comparison, needed=study.needed)
         self._export(plan, validation, unfinished)
 
     # asking
@@ -202,7 +205,7 @@ class Conductor:
         return Outcome({site: answer for site, answer in answers.items() if answer is not None}, missing)
 
     def _close(self, kind: Kind, fold: str | None, outcome: Outcome) -> None:
-        if kind in (Kind.VALIDATE, Kind.FINISH):
+        if kind in (Kind.VALIDATE, Kind.FINISH, Kind.COMPARE):
             self.journal.write("step", kind=str(kind), fold=fold, missing=outcome.missing)
 
     def _enter(self, kind: Kind, errand: Callable[[str, bool], Errand]) -> None:
@@ -434,6 +437,10 @@ class Conductor:
             self._close(Kind.VALIDATE, fold, outcome)
         scores = {site: result.validation for site, result in sorted(outcome.answers.items()) if result.validation}
         return Scored(scores, outcome.missing)
+
+    @staticmethod
+    def _accept_comparison(task: Task, result: Result, update: Path) -> dict[str, Any]:
+        return {"comparison": result.comparison.model_dump(mode="json") if result.comparison else None}
 
     def _export(self, plan: Plan | None, validation: dict[str, Scored], unfinished: dict[str, str]) -> None:
         journal = self.journal

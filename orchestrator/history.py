@@ -29,6 +29,7 @@ PHASES = (
     "training",
     "validating",
     "finishing",
+    "comparing",
     "exporting",
 )
 MOST_WARNINGS = 200
@@ -83,6 +84,8 @@ class SiteHistory:
         Training cases by fold, as they counted.
     scores : dict
         Its answer to Validate (federation.tasks.Validation) by fold.
+    comparisons : dict
+        Its answer to Compare (federation.tasks.Comparison) by fold.
     seconds : dict
         What its rounds spent their time on: `start`, `train`, `validation`, `checkpoint`.
     refused : Counter
@@ -96,6 +99,7 @@ class SiteHistory:
     epochs: list[Epoch] = field(default_factory=list)
     cases: dict[str, int] = field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     failures: int = 0
     missed: int = 0
@@ -234,6 +238,8 @@ class History:
             site.epochs += [Epoch(fold, number, before + done + 1, *values) for done, values in enumerate(columns)]
         if validation := line.get("validation"):
             site.scores[line["key"].partition("fold_")[2]] = validation
+        if comparison := line.get("comparison"):
+            site.comparisons[line["key"].partition("fold_")[2]] = comparison
 
     def _failed(self, site: SiteHistory, line: dict[str, Any]) -> None:
         site.state, site.seen = line["reason"], line["at"]

@@ -20,8 +20,8 @@ Layout of a study's folder::
 Rules:
 
 - A file is complete before the line that speaks of it is written; a file without its line does not count.
-- States: enrolling, describing, fingerprinting, planning, preparing, training, validating, finishing, exporting,
-  done | failed | stopped. A coordinator that starts reads the lines and goes on from there.
+- States: enrolling, describing, fingerprinting, planning, preparing, training, validating, finishing, comparing,
+  exporting, done | failed | stopped. A coordinator that starts reads the lines and goes on from there.
 - Nothing is decided from a clock or from the order of arrival: the same lines lead to the same bytes.
 """
 

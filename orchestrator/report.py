@@ -54,6 +54,7 @@ def report(history: History, folder: Path) -> Page:
     sections = [
         Section("In short", _short(history)),
         Section("How good the model is, by site", _scores(history)),
+        Section("Did it help each site?", _comparisons(history)),
         Section("Training", _curves(history)),
         Section("Who took part", _participation(history)),
         Section("Warnings", _warnings(history)),
@@ -152,6 +153,50 @@ def _score_figure(caption: str, entries: Mapping[str, Any], counts: Mapping[str,
         ]
     table = Table(["site", "label", "cases", "mean Dice", "std", "worst case"], rows, words=(1,))
     return Figure(scores(by_label) if by_label else "", f"{caption}: Dice.", table)
+
+
+def _comparisons(history: History) -> list[Any]:
+    """Each site's own training beside the global model and the personalised one: means, as the sites told them."""
+    parts: list[Any] = []
+    rows, worse = [], []
+    for fold in history.study.folds:
+        for name, site in history.sites.items():
+            if fold not in site.comparisons or fold not in site.scores:
+                continue
+            told = {
+                "local": Validation.model_validate(site.comparisons[fold]["local"]),
+                "federated": Validation.model_validate(site.scores[fold]),
+                "personalised": Validation.model_validate(site.comparisons[fold]["personalised"]),
+            }
+            kind = "test" if told["federated"].test_cases else "validation"
+            for label in getattr(told["federated"], kind):
+                scores_of = {model: getattr(value, kind).get(label) for model, value in told.items()}
+                means = {model: score.mean if score else None for model, score in scores_of.items()}
+                local, federated = means["local"], means["federated"]
+                difference = None if local is None or federated is None else federated - local
+                if difference is not None and difference < 0:
+                    worse.append(f"{label} at {name}")
+                shown = "-" if difference is None else f"{difference:+.3f}"
+                rows.append([name, label, fold, *(number(value) for value in means.values()), shown])
+    if not rows:
+        return []
+    if worse:
+        told_worse = f"The federated model has a lower mean Dice than the site's own training for: {', '.join(worse)}."
+        parts.append(Text(told_worse, "bad"))
+    else:
+        parts.append(
+            Text("Nowhere is the federated model's mean Dice lower than that of a site's own training.", "good")
+        )
+    rows.sort(key=lambda row: (float(row[-1]) if row[-1] != "-" else 0.0, row[0]))
+    header = ["site", "label", "fold", "local", "federated", "personalised", "federated - local"]
+    parts.append(Table(header, rows, words=(1, 2)))
+    parts.append(
+        Text(
+            "Means over each site's held-out cases; whether a difference is more than chance, the site's own "
+            "report says, which has the single cases."
+        )
+    )
+    return parts
 
 
 def _curves(history: History) -> list[Any]:

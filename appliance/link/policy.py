@@ -36,7 +36,7 @@ DEFAULT = """\
 studies = "approve"
 
 # The tasks that may be asked. Without "fingerprint" a site can take part in studies of mode asymfedavg alone.
-tasks = ["describe", "fingerprint", "prepare", "train", "validate", "finish"]
+tasks = ["describe", "fingerprint", "prepare", "train", "validate", "finish", "compare"]
 
 # Local time in which a task may begin, such as "19:00-06:30". Outside of it tasks wait.
 hours = "any"
@@ -111,8 +111,8 @@ class Policy(BaseModel):
             raise _refused(
                 f"fingerprint_min_cases {study.fingerprint_min_cases}, the policy wants {self.fingerprint_min_cases}"
             )
-        if task.kind is Kind.VALIDATE and not self.scores_may_leave:
-            raise _refused("validate, and scores_may_leave is false")
+        if task.kind in (Kind.VALIDATE, Kind.COMPARE) and not self.scores_may_leave:
+            raise _refused(f"{task.kind}, and scores_may_leave is false")
 
     def check_answer(self, result: Result) -> None:
         """Refuse an answer that is about to leave; raises FNU-624."""
@@ -122,7 +122,7 @@ class Policy(BaseModel):
             )
         if result.kind not in self.tasks:
             raise _refused(f"an answer to {result.kind}, which is not in tasks")
-        if result.validation is not None and not self.scores_may_leave:
+        if (result.validation is not None or result.comparison is not None) and not self.scores_may_leave:
             raise _refused("scores, and scores_may_leave is false")
 
 

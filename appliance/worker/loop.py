@@ -41,6 +41,7 @@ FAILED = {
     tasks.Kind.PREPARE: Code.PREPROCESSING_FAILED,
     tasks.Kind.TRAIN: Code.TRAINING_FAILED,
     tasks.Kind.VALIDATE: Code.VALIDATION_FAILED,
+    tasks.Kind.COMPARE: Code.TRAINING_FAILED,
 }
 RETRY = {Code.BASE_MISSING, Code.WEIGHTS_DAMAGED}
 PAUSE = 5.0
@@ -189,6 +190,8 @@ class Worker:
             return self._train(task, task.fold, workspace, control)
         if task.kind is tasks.Kind.VALIDATE:
             return self._validate(task, task.fold, workspace, control), None
+        if task.kind is tasks.Kind.COMPARE:
+            return self._compare(task, task.fold, workspace, control), None
         return self._finish(task, task.fold, workspace, control), None
 
     def _examine(self, task: tasks.Task, workspace: Workspace, control: Control) -> dataset.Examination:
@@ -261,6 +264,16 @@ class Worker:
         if fold == task.study.folds[-1]:
             self._write_report(task, control)
         return tasks.Result.answering(task, finished=tasks.Finished(model_sha256=digest))
+
+    def _compare(self, task: tasks.Task, fold: str, workspace: Workspace, control: Control) -> tasks.Result:
+        from appliance.worker import comparison
+
+        self._close()
+        cases = self._examine(task, workspace, control).test_cases
+        report = comparison.compare(workspace, self.settings, fold, task.plans_sha256, cases, control)
+        if fold == task.study.folds[-1]:
+            self._write_report(task, control)
+        return tasks.Result.answering(task, comparison=report)
 
     def _write_report(self, task: tasks.Task, control: Control) -> None:
         """The site's own report; one that cannot be written changes nothing (`appliance report` writes it again)."""

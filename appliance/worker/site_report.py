@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.spool import Spool
-from appliance.worker import dataset
+from appliance.worker import comparison, dataset
 from appliance.worker.contents import Case
 from appliance.worker.workspace import Workspace
 from federation import files, native, tasks
@@ -34,6 +34,8 @@ FILE = "report.html"
 WORST = 6
 MOST_CASES = 200
 SEED = 12345
+FEDERATED = "federated"
+MODELS = (comparison.LOCAL, FEDERATED, comparison.PERSONALISED)
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "pseudo_dice": "pseudo-Dice"}
 
 
@@ -109,9 +111,12 @@ class SiteStudy:
         path = self.workspace.preprocessed / "dataset_fingerprint.json"
         return files.read_json(path) if path.exists() else None
 
-    def cases(self, plans: dict[str, Any], fold: str, kind: str) -> list[CaseScore]:
-        """Scores of single cases from nnU-Net's summary, the worst first; `kind` is `test` or `validation`."""
-        folder = self.workspace.model(plans) / f"fold_{fold}" / kind
+    def cases(self, plans: dict[str, Any], fold: str, kind: str, workspace: Workspace | None = None) -> list[CaseScore]:
+        """Scores of single cases from nnU-Net's summary, the worst first.
+
+        `kind` is `test` or `validation`, `workspace` that of the study or of a variant that it is compared with.
+        """
+        folder = (workspace or self.workspace).model(plans) / f"fold_{fold}" / kind
         if not (folder / "summary.json").exists():
             return []
         labels = _labels(self.study)
@@ -168,6 +173,7 @@ def report(told: SiteStudy) -> Page:
     sections = [
         Section("In short", _short(told)),
         Section("How good the model is on our cases", _scores(told, plans) if plans else []),
+        Section("Did it help us?", _comparison(told, plans) if plans else []),
         Section("The worst cases", _pictures(told, plans) if plans else []),
         Section("Our training", _curves(told)),
         Section("Our data beside the federation's", _data(told, plans) if plans else []),
@@ -241,6 +247,169 @@ def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
     return parts
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One label over the cases that all three have: Dice of each, and what federated is better by.
+
+    Attributes
+    ----------
+    label : str
+        The label.
+    cases : list of str
+        Their names.
+    dice : dict
+        By `local`, `federated`, `personalised`, in the order of `cases`.
+    difference : tuple
+        Mean of federated - local, and its 95 % interval (paired bootstrap over cases).
+    """
+
+    label: str
+    cases: list[str]
+    dice: dict[str, list[float]]
+    difference: tuple[float, float, float]
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `no clear difference`: whether the interval lies on one side of 0."""
+        _, low, high = self.difference
+        if len(self.cases) < 2 or low <= 0 <= high:
+            return "no clear difference"
+        return "better" if low > 0 else "worse"
+
+
+def compared(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> list[Compared]:
+    """The three models over the same cases, label by label; empty where nothing was compared."""
+    by_name = {FEDERATED: told.cases(plans, fold, kind)}
+    for variant in comparison.variants(told.workspace):
+        by_name[variant.name] = told.cases(plans, fold, kind, variant)
+    if not all(by_name.values()):
+        return []
+    found = []
+    for label in _labels(told.study):
+        known = {
+            name: {case.name: value for case in cases if (value := case.dice[label]) is not None}
+            for name, cases in by_name.items()
+        }
+        names = sorted(set.intersection(*(set(values) for values in known.values())))
+        if names:
+            dice = {name: [values[case] for case in names] for name, values in known.items()}
+            gains = [a - b for a, b in zip(dice[FEDERATED], dice[comparison.LOCAL], strict=True)]
+            found.append(Compared(label, names, dice, (float(np.mean(gains)), *interval(gains))))
+    return found
+
+
+def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
+    parts: list[Any] = []
+    for fold in told.study.folds:
+        for kind, what in (("test", "cases of imagesTs"), ("validation", f"held-out training cases of fold {fold}")):
+            entries = compared(told, plans, fold, kind)
+            if entries:
+                parts += _judged(entries, what, distances(told, plans, fold, kind))
+    if parts:
+        parts.append(
+            Text(
+                "Local: trained here alone, from the same first weights, for as many epochs as the federation. "
+                f"Personalised: the federated model after {told.study.personalise_epochs} more epochs on our cases. "
+                "The interval is a paired bootstrap over our cases (one training of each, so chance in training is not "
+                "in it); with several labels one may look better or worse by chance."
+            )
+        )
+    return parts
+
+
+def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Any]:
+    parts: list[Any] = []
+    for verdict, kind, words in (
+        ("worse", "bad", "the federated model is worse than our own training alone"),
+        ("better", "good", "the federated model is better than our own training alone"),
+        ("no clear difference", "warn", "no clear difference between the federated model and our own training alone"),
+    ):
+        labels = [one.label for one in entries if one.verdict == verdict]
+        if labels:
+            parts.append(Text(f"On our {what}, for {', '.join(labels)}: {words}.", kind))
+    rows = []
+    for one in entries:
+        mean, low, high = one.difference
+        gain = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        means = [number(float(np.mean(one.dice[name]))) for name in MODELS]
+        hd = [_millimetres(far.get(name, {}).get(one.label, [])) for name in MODELS]
+        rows.append([one.label, str(len(one.cases)), *means, gain, *hd])
+    header = ["label", "cases", *(f"Dice {name}" for name in MODELS), "federated - local (95 %)"]
+    table = Table([*header, *(f"HD95 {name}, mm" for name in MODELS)], rows)
+    drawn = scores(
+        {
+            one.label: [
+                Score(name, float(np.mean(one.dice[name])), float(np.std(one.dice[name])), min(one.dice[name]))
+                for name in MODELS
+            ]
+            for one in entries
+        }
+    )
+    caption = f"Dice on our {what}: mean, standard deviation (bar), worst case (tick)."
+    single = [
+        [case, one.label, *(number(one.dice[name][place]) for name in MODELS)]
+        for one in entries
+        for place, case in enumerate(one.cases)
+    ]
+    single.sort(key=lambda row: float(row[3]) - float(row[2]))
+    folded = Folded(
+        "Every case, where federated lost most first", [Table(["case", "label", *MODELS], single[:MOST_CASES], (1,))]
+    )
+    return [*parts, Figure(drawn, caption), table, folded]
+
+
+def _millimetres(values: Sequence[float]) -> str:
+    return f"{float(np.median(values)):.1f}" if values else "-"
+
+
+def distances(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, dict[str, list[float]]]:
+    """HD95 in mm by model and label, of the cases in which both surfaces are there; computed once and kept."""
+    kept = told.workspace.root / "comparison" / f"distances-fold_{fold}-{kind}.json"
+    if kept.exists():
+        found: dict[str, dict[str, list[float]]] = files.read_json(kept)
+        return found
+    workspaces = {FEDERATED: told.workspace, **{one.name: one for one in comparison.variants(told.workspace)}}
+    result: dict[str, dict[str, list[float]]] = {name: {} for name in workspaces}
+    for name, workspace in workspaces.items():
+        for case in told.cases(plans, fold, kind, workspace)[:MOST_CASES]:
+            for label, value in _distances_of(plans, case, _label_values(told.study)).items():
+                if value is not None:
+                    result[name].setdefault(label, []).append(value)
+    files.write_json(kept, result)
+    return result
+
+
+def _distances_of(plans: dict[str, Any], case: CaseScore, labels: Mapping[str, list[int]]) -> dict[str, float | None]:
+    if not case.prediction.exists() or not case.reference.exists():
+        return {}
+    reader = _reader(plans)
+    reference, properties = reader.read_seg(str(case.reference))
+    prediction, _ = reader.read_seg(str(case.prediction))
+    if reference.shape != prediction.shape:
+        return {}
+    spacing = tuple(float(extent) for extent in properties["spacing"])
+    return {
+        label: comparison.hd95(np.isin(reference[0], values), np.isin(prediction[0], values), spacing)
+        for label, values in labels.items()
+    }
+
+
+def _label_values(study: Study) -> dict[str, list[int]]:
+    """The numbers of each foreground label or region."""
+    return {
+        name: value if isinstance(value, list) else [value]
+        for name, value in study.labels.items()
+        if name in _labels(study)
+    }
+
+
+def _reader(plans: dict[str, Any]) -> Any:
+    """nnU-Net's reader of the plans."""
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    return recursive_find_reader_writer_by_name(plans["image_reader_writer"])()
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean (2000 resamples of the cases, percentiles, seeded)."""
     if len(values) < 2 or min(values) == max(values):
@@ -254,15 +423,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def _pictures(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
     fold = told.study.folds[-1]
     cases = told.cases(plans, fold, "test") or told.cases(plans, fold, "validation")
-    images, labels = told.images(), _labels(told.study)
+    images, labels = told.images(), _label_values(told.study)
+    local, _ = comparison.variants(told.workspace)
+    kind = "test" if told.cases(plans, fold, "test") else "validation"
+    alone = {case.name: case.prediction for case in told.cases(plans, fold, kind, local)}
     parts: list[Any] = []
     for case in cases[:WORST]:
         found = images.get(case.name)
         if found is None or not case.prediction.exists() or not case.reference.exists():
             continue
         label = min(case.dice, key=lambda name: 1.0 if case.dice[name] is None else case.dice[name] or 0.0)
-        values = [int(part) for part in labels[label].strip("(),").split(",") if part.strip()]
-        drawn = _middle(plans, found, case, values)
+        drawn = _middle(plans, found, case, labels[label], alone.get(case.name))
         if drawn is not None:
             told_dice = ", ".join(f"{name} {number(value)}" for name, value in case.dice.items())
             parts.append(Picture(drawn, f"{case.name}, {label}; Dice {told_dice}"))
@@ -270,18 +441,19 @@ def _pictures(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
         parts.insert(
             0,
             Text(
-                "The slice with the largest area of reference and prediction together, for the label that "
-                "went worst. Blue: reference; orange, dashed: prediction."
+                "The slice with the largest area of reference and prediction together, for the label that went worst. "
+                "Blue: reference; orange, dashed: the federated model; pink, dotted: our own training alone, where "
+                "there was one."
             ),
         )
     return parts
 
 
-def _middle(plans: dict[str, Any], found: Case, case: CaseScore, values: Sequence[int]) -> str | None:
+def _middle(
+    plans: dict[str, Any], found: Case, case: CaseScore, values: Sequence[int], alone: Path | None
+) -> str | None:
     """The overlay of the slice that shows most of a label; None where the files cannot be drawn."""
-    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
-
-    reader = recursive_find_reader_writer_by_name(plans["image_reader_writer"])()
+    reader = _reader(plans)
     image, properties = reader.read_images([str(path) for path in found.images])
     reference, _ = reader.read_seg(str(case.reference))
     prediction, _ = reader.read_seg(str(case.prediction))
@@ -293,8 +465,12 @@ def _middle(plans: dict[str, Any], found: Case, case: CaseScore, values: Sequenc
     both = (inside[0] | inside[1]).sum(axis=tuple(other for other in range(3) if other != axis))
     place = int(np.argmax(both))
     rows, columns = (float(spacing[other]) for other in range(3) if other != axis)
+    if alone is not None and alone.exists():
+        other, _ = reader.read_seg(str(alone))
+        if other.shape == reference.shape:
+            inside.append(np.isin(other[0], values))
     slices = [np.take(array, place, axis=axis) for array in (image[0], *inside)]
-    return overlay(slices[0].astype(float), slices[1], slices[2], rows / columns)
+    return overlay(slices[0].astype(float), slices[1:], rows / columns)
 
 
 def _curves(told: SiteStudy) -> list[Any]:

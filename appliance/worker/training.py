@@ -173,9 +173,18 @@ class FoldTrainer:
         `0` to `4` or `all`.
     plans_sha256 : str
         The plans asked for; raises FNU-302 when the site has prepared others.
+    step : float
+        The learning rate, as a part of the trainer's own.
     """
 
-    def __init__(self, workspace: Workspace, settings: Settings, fold: str, plans_sha256: str | None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        settings: Settings,
+        fold: str,
+        plans_sha256: str | None,
+        step: float = 1.0,
+    ) -> None:
         started = time.perf_counter()
         self.workspace, self.settings, self.fold = workspace, settings, fold
         self.plans_sha256 = plans_sha256
@@ -201,6 +210,7 @@ class FoldTrainer:
         trainer.num_epochs = study.rounds * study.epochs_per_round
         trainer.num_iterations_per_epoch = study.iterations_per_epoch
         trainer.num_val_iterations_per_epoch = study.validation_iterations_per_epoch
+        trainer.initial_lr *= step
         trainer._best_ema = math.inf
         seed_everything(study.seed)  # as the orchestrator makes the first weights
         trainer.configuration_manager.configuration.pop("next_stage", None)  # no cascade: nothing to predict for it

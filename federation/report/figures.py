@@ -163,7 +163,7 @@ def scores(
     with matplotlib.rc_context(_STYLE):
         columns = min(3, len(by_label))
         lines = -(-len(by_label) // columns)
-        canvas = Canvas(figsize=(4.0 * columns, lines * (1.0 + 0.24 * rows)), layout="constrained")
+        canvas = Canvas(figsize=(4.0 * columns, lines * (1.3 + 0.26 * rows)), layout="constrained")
         for place, (label, entries) in enumerate(by_label.items()):
             axes = canvas.add_subplot(lines, columns, place + 1)
             names = [entry.name for entry in entries]
@@ -184,7 +184,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """Horizontal bars, one for each row, stacked from its parts."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(figsize=(8.0, 1.1 + 0.28 * len(rows)), layout="constrained")
+        canvas = Canvas(figsize=(8.0, 1.7 + 0.3 * len(rows)), layout="constrained")
         axes = canvas.add_subplot()
         left = dict.fromkeys(rows, 0.0)
         for place, part in enumerate(parts):
@@ -215,7 +215,7 @@ def distributions(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> st
     rows = max(len(entries) for entries in panels.values())
     with matplotlib.rc_context(_STYLE):
         canvas = Canvas(
-            figsize=(4.0 * min(2, len(panels)), -(-len(panels) // 2) * (1.1 + 0.3 * rows)), layout="constrained"
+            figsize=(4.0 * min(2, len(panels)), -(-len(panels) // 2) * (1.4 + 0.3 * rows)), layout="constrained"
         )
         for place, (channel, entries) in enumerate(panels.items()):
             axes = canvas.add_subplot(-(-len(panels) // 2), min(2, len(panels)), place + 1)
@@ -231,17 +231,15 @@ def distributions(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> st
         return _svg(canvas, "intensities-" + "-".join(panels))
 
 
-def overlay(
-    image: NDArray[np.floating[Any]], reference: NDArray[np.bool_], prediction: NDArray[np.bool_], aspect: float
-) -> str:
-    """One slice with the outlines of the reference and of the prediction, as a data URL (PNG).
+def overlay(image: NDArray[np.floating[Any]], masks: Sequence[NDArray[np.bool_]], aspect: float) -> str:
+    """One slice with the outlines of the reference and of up to two predictions, as a data URL (PNG).
 
     Parameters
     ----------
     image : ndarray
         Shape (rows, columns); shown from its 1st to its 99th percentile.
-    reference, prediction : ndarray
-        Same shape, True inside.
+    masks : sequence of ndarray
+        The reference, then the predictions: same shape, True inside.
     aspect : float
         Height of a row over width of a column, in mm.
     """
@@ -249,7 +247,8 @@ def overlay(
     canvas = Canvas(figsize=(2.6, 2.6), dpi=100, layout="constrained", facecolor="black")
     axes = canvas.add_subplot()
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
-    for mask, shade, style in ((reference, "#56b4e9", "solid"), (prediction, "#e69f00", "dashed")):
+    outlines = (("#56b4e9", "solid"), ("#e69f00", "dashed"), ("#e377c2", "dotted"))
+    for mask, (shade, style) in zip(masks, outlines, strict=False):
         if mask.any() and not mask.all():
             axes.contour(mask.astype(float), [0.5], colors=[shade], linewidths=1.4, linestyles=style)
     axes.set_axis_off()
