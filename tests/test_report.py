@@ -91,6 +91,20 @@ def test_a_thousand_rounds_and_many_sites_stay_under_three_megabytes(tmp_path: P
     assert "hospital_063" in text
 
 
+def test_figures_do_not_depend_on_what_others_have_done_to_matplotlib() -> None:
+    import matplotlib
+
+    from federation.report.figures import Score, scores
+
+    def drawn() -> str:
+        return scores({"organ": [Score("north", 0.9, 0.1, 0.7)]})
+
+    before = drawn()
+    with matplotlib.rc_context({"font.size": 40, "axes.labelsize": 50, "axes.facecolor": "red"}):
+        assert drawn() == before
+        assert matplotlib.rcParams["font.size"] == 40, "and leave theirs as it is"
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_reads_well_in_a_browser_by_mouse_and_by_keyboard(tmp_path: Path, whole: Written, scheme: str) -> None:

@@ -10,9 +10,10 @@ Rules:
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,15 @@ _STYLE: Any = {
 }
 
 
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Our style over matplotlib's own defaults: in a worker nnU-Net's drawings have changed the defaults for all."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
 @dataclass(frozen=True)
 class Score:
     """A mean with its spread, at one site.
@@ -103,7 +113,7 @@ class Curves:
 
 def curves(panels: Sequence[Curves]) -> str:
     """Panels side by side, one curve for each site and one for all."""
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         canvas = Canvas(figsize=(4.0 * len(panels), 2.9), layout="constrained")
         for place, panel in enumerate(panels):
             axes = canvas.add_subplot(1, len(panels), place + 1)
@@ -160,7 +170,7 @@ def scores(
 ) -> str:
     """One panel for each label: mean, standard deviation (bar) and the worst case (tick) of each site."""
     rows = max(len(entries) for entries in by_label.values())
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         columns = min(3, len(by_label))
         lines = -(-len(by_label) // columns)
         canvas = Canvas(figsize=(4.0 * columns, lines * (1.3 + 0.26 * rows)), layout="constrained")
@@ -183,7 +193,7 @@ def scores(
 def bars(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """Horizontal bars, one for each row, stacked from its parts."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         canvas = Canvas(figsize=(8.0, 1.7 + 0.3 * len(rows)), layout="constrained")
         axes = canvas.add_subplot()
         left = dict.fromkeys(rows, 0.0)
@@ -213,7 +223,7 @@ def distributions(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> st
     Each dataset is nnU-Net's intensity properties: `mean`, `median`, `std`, `percentile_00_5`, `percentile_99_5`.
     """
     rows = max(len(entries) for entries in panels.values())
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         canvas = Canvas(
             figsize=(4.0 * min(2, len(panels)), -(-len(panels) // 2) * (1.4 + 0.3 * rows)), layout="constrained"
         )
@@ -243,17 +253,18 @@ def overlay(image: NDArray[np.floating[Any]], masks: Sequence[NDArray[np.bool_]]
     aspect : float
         Height of a row over width of a column, in mm.
     """
-    low, high = np.percentile(image, [1, 99])
-    canvas = Canvas(figsize=(2.6, 2.6), dpi=100, layout="constrained", facecolor="black")
-    axes = canvas.add_subplot()
-    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
-    outlines = (("#56b4e9", "solid"), ("#e69f00", "dashed"), ("#e377c2", "dotted"))
-    for mask, (shade, style) in zip(masks, outlines, strict=False):
-        if mask.any() and not mask.all():
-            axes.contour(mask.astype(float), [0.5], colors=[shade], linewidths=1.4, linestyles=style)
-    axes.set_axis_off()
-    stream = io.BytesIO()
-    canvas.savefig(stream, format="png", metadata={"Software": None})
+    with _style():
+        low, high = np.percentile(image, [1, 99])
+        canvas = Canvas(figsize=(2.6, 2.6), dpi=100, layout="constrained", facecolor="black")
+        axes = canvas.add_subplot()
+        axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
+        outlines = (("#56b4e9", "solid"), ("#e69f00", "dashed"), ("#e377c2", "dotted"))
+        for mask, (shade, style) in zip(masks, outlines, strict=False):
+            if mask.any() and not mask.all():
+                axes.contour(mask.astype(float), [0.5], colors=[shade], linewidths=1.4, linestyles=style)
+        axes.set_axis_off()
+        stream = io.BytesIO()
+        canvas.savefig(stream, format="png", metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
