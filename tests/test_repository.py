@@ -321,6 +321,26 @@ def test_ci_runs_the_tests_then_the_lint() -> None:
     assert text.index("make test") < text.index("make lint")
 
 
+def test_gitignore_keeps_no_source_out_of_the_repository() -> None:
+    """Once it did: a fresh clone lacked the chart's demo, and every test passed where the files had been written."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no checkout")
+    folders = [*PACKAGES, "helm", "images", "compose", "tests", "docs", "benchmarks"]
+    told = subprocess.run(
+        ["git", "status", "--ignored", "--porcelain", "--untracked-files=all", "--", *folders],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if told.returncode != 0:
+        pytest.skip(f"git does not answer here: {told.stderr.strip()}")
+    made = ("__pycache__", ".pyc", "benchmarks/")
+    assert not [
+        line for line in told.stdout.splitlines() if line.startswith("!!") and not any(part in line for part in made)
+    ]
+
+
 def test_the_licence_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text.split("\n\n")[0] + text.split("\n\n")[1]
