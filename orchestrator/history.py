@@ -324,12 +324,17 @@ class Tail:
         return found
 
 
+def so_far(study: Study, folder: Path) -> tuple[History, Tail]:
+    """What the journal in a study's folder says already, and a tail that reads on from there."""
+    history, tail = History(study), Tail(folder / "journal.jsonl")
+    for line in tail.lines():
+        history.take(line)
+    return history, tail
+
+
 def load(folder: Path) -> History:
     """The history of the study in a folder of the orchestrator's state. Raises OSError and ValueError."""
-    history = History(Study.model_validate_json((folder / "study.json").read_bytes()))
-    for line in Tail(folder / "journal.jsonl").lines():
-        history.take(line)
-    return history
+    return so_far(Study.model_validate_json((folder / "study.json").read_bytes()), folder)[0]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -23,8 +22,7 @@ from prometheus_client.registry import Collector
 
 from federation.errors import Code, FednnunetError
 from federation.readable import moment
-from federation.study import Study
-from orchestrator.history import History, Tail
+from orchestrator.books import Books
 from orchestrator.registered import online_until
 
 log = logging.getLogger("fednnunet.metrics")
@@ -42,31 +40,14 @@ class Journals(Collector):
     """
 
     def __init__(self, state: Path, database: Path) -> None:
-        self._studies, self._database = state / "studies", database
-        self._known: dict[str, tuple[History, Tail]] = {}
+        self._books, self._database = Books(state, database), database
         self._one = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
         with self._one:
-            for journal in sorted(self._studies.glob("*/journal.jsonl")):
-                self._read(journal)
             yield from self._metrics()
         yield from self._sites()
-
-    def _read(self, journal: Path) -> None:
-        """Take in the lines that were added; a last line without its end waits for the next scrape."""
-        name = journal.parent.name
-        if name not in self._known:
-            try:
-                study = Study.model_validate_json((journal.parent / "study.json").read_bytes())
-            except (OSError, ValueError):
-                return
-            self._known[name] = History(study), Tail(journal)
-        history, tail = self._known[name]
-        for line in tail.lines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # `health --ready` names a damaged journal
-                history.take(line)
 
     def _metrics(self) -> Iterator[Metric]:
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
@@ -97,8 +78,8 @@ class Journals(Collector):
         loss = gauge("fednnunet_site_train_loss", "Training loss of a site's last epoch.", labels=site)
         dice = gauge("fednnunet_site_pseudo_dice", "nnU-Net's online Dice of a site's last epoch, mean.", labels=site)
         refused = counter("fednnunet_refused", "Answers that were refused, by error number.", labels=[*site, "number"])
-        for whole, (history, _) in sorted(self._known.items()):
-            key = whole[:16]
+        for folder, history in sorted(self._books.by_folder().items()):
+            key = folder[:16]
             phase.add_metric([key, history.study.name, history.standing], 1)
             planned.add_metric([key], history.study.rounds)
             lines.add_metric([key], history.lines)

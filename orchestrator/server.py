@@ -125,9 +125,9 @@ class Server:
 def superlink(server: Server) -> None:
     """Be the SuperLink."""
     from federation.flower.superlink import Listener, SuperLinkFiles, serve
+    from orchestrator.books import Books
     from orchestrator.enrollment.waiting import Waiting
     from orchestrator.web.app import Pages
-    from orchestrator.web.books import Books
 
     authority = server.authority
     authority.check()

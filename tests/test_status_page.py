@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 from federation.study import parse
 from orchestrator import report
+from orchestrator.books import Books
 from orchestrator.web.app import Pages
-from orchestrator.web.books import Books
 from orchestrator.web.drawing import curves, grid
 
 

@@ -41,7 +41,7 @@ from orchestrator.admin.progress import print_end, raise_failure, report_at_site
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 from orchestrator.enrollment.ceremony import let_in
-from orchestrator.history import History, Tail
+from orchestrator.history import History, Tail, so_far
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 120.0
@@ -243,10 +243,7 @@ class Simulation:
             raise FednnunetError(
                 Code.SITES_MISMATCH, f"study: {', '.join(study.sites)}; given: {', '.join(self.sites) or 'none'}"
             )
-        tail, history = Tail(self.study_folder(study) / "journal.jsonl"), History(study)
-        for line in tail.lines():
-            history.take(line)
-        return history, tail
+        return so_far(study, self.study_folder(study))
 
     def _watch(self, history: History, tail: Tail, console: Console) -> None:
         assert self.supervisor is not None

@@ -90,10 +90,11 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
     """Start a study, unless it is under way or done, and show it until it ends where `wait` says so."""
     from orchestrator.admin.reach import control, reaching
     from orchestrator.enrollment.record import recorded
+    from orchestrator.history import so_far
     from orchestrator.journal import withdraw_stop
 
     study = found.study
-    history, tail = _so_far(found)
+    history, tail = so_far(found.study, found.folder)
     if tail.path.exists() and history.ended is None:
         console.print(f"study {study.name} is under way: {history.phase}, round {history.done_rounds}")
     elif history.ended != "done":
@@ -104,16 +105,6 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
     if wait:
         _see_through(state, found, history, tail, console)
-
-
-def _so_far(found: Found) -> tuple[History, Tail]:
-    """What the journal of a study says already, and a tail that reads on from there."""
-    from orchestrator.history import History, Tail
-
-    history, tail = History(found.study), Tail(found.folder / "journal.jsonl")
-    for line in tail.lines():
-        history.take(line)
-    return history, tail
 
 
 def _find(state: Path, which: str) -> Found:
@@ -147,7 +138,7 @@ def watch(
     from rich.console import Console
 
     from federation.errors import Code, FednnunetError
-    from orchestrator.history import studies
+    from orchestrator.history import so_far, studies
 
     if which:
         found = _find(state, which)
@@ -156,7 +147,7 @@ def watch(
         if not known:
             raise FednnunetError(Code.STUDY_NOT_FOUND, f"{state.resolve() / 'studies'} has none")
         found = known[-1]
-    history, tail = _so_far(found)
+    history, tail = so_far(found.study, found.folder)
     _see_through(state, found, history, tail, Console())
 
 
@@ -182,9 +173,10 @@ def show(which: Which, state: State) -> None:
     from rich.console import Console
 
     from orchestrator.admin.overview import overview
+    from orchestrator.history import so_far
 
     found = _find(state, which)
-    history, _ = _so_far(found)
+    history, _ = so_far(found.study, found.folder)
     overview(history, found.folder, Console())
 
 
@@ -194,10 +186,11 @@ def stop(which: Which, state: State) -> None:
     from rich.console import Console
 
     from orchestrator.enrollment.record import recorded, user
+    from orchestrator.history import so_far
     from orchestrator.journal import request_stop
 
     console, found = Console(), _find(state, which)
-    history, tail = _so_far(found)
+    history, tail = so_far(found.study, found.folder)
     if history.ended is not None:
         console.print(f"study {found.study.name} is {history.ended} already")
         return

@@ -25,9 +25,9 @@ from starlette.routing import Route
 
 from federation import report
 from federation.readable import ago, clock, number, size, timestamp
+from orchestrator.books import Books, Site
 from orchestrator.history import PHASES, History
 from orchestrator.web import drawing
-from orchestrator.web.books import Books, Site
 
 ROOT = "/status"
 EVERY, ALIVE = 1.0, 10.0

@@ -1,4 +1,4 @@
-"""What the status page knows: every journal below a state folder, read on from where it was."""
+"""Every journal below a state folder, read on from where it was, and who is registered: for metrics and status page."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Books:
         self._known: dict[str, tuple[History, Tail]] = {}
         self._one = threading.Lock()
 
-    def histories(self) -> list[History]:
-        """Every study as it stands now, the newest first."""
+    def by_folder(self) -> dict[str, History]:
+        """Every study as it stands now, by the name of its folder (its id)."""
         with self._one:
-            for path in self._studies.glob("*/journal.jsonl"):
+            for path in sorted(self._studies.glob("*/journal.jsonl")):
                 name = path.parent.name
                 if name not in self._known:
                     with contextlib.suppress(OSError, ValueError):  # half written, or of another version
@@ -51,8 +51,11 @@ class Books:
                 for line in tail.lines():
                     with contextlib.suppress(ValueError, KeyError, TypeError):  # `health --ready` names damage
                         history.take(line)
-            found = [history for history, _ in self._known.values()]
-        return sorted(found, key=lambda history: history.began or "", reverse=True)
+            return {name: history for name, (history, _) in self._known.items()}
+
+    def histories(self) -> list[History]:
+        """Every study as it stands now, the newest first."""
+        return sorted(self.by_folder().values(), key=lambda history: history.began or "", reverse=True)
 
     def history(self, study_id: str) -> History | None:
         """One study by its whole id."""
