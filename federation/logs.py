@@ -2,8 +2,9 @@
 
 Rules:
 
-- Every process writes its log as text lines: time (UTC), level, logger, message. Whatever else it prints, nnU-Net's
-  lines and tracebacks among it, goes to the same file as it is.
+- Every process writes its log as text lines: time (UTC), level, logger, in braces what it is about (`about`: study,
+  site, fold, round, task), message. Whatever else it prints, nnU-Net's lines and tracebacks among it, goes to the
+  same file as it is.
 - The supervisor follows these files and shows each event: a line for people, or one line of JSON for machines. A
   traceback belongs to its event, and so do the three lines of a numbered error.
 - A log file that has grown to `LIMIT` is copied to `NAME.1` and emptied: its writers append, and go on.
@@ -12,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import datetime as dt
 import io
 import json
@@ -21,7 +23,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -31,8 +33,11 @@ from federation.errors import FednnunetError
 Format = Literal["rich", "json"]
 LIMIT = 20 * 2**20
 _LINE = re.compile(
-    r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+): (.*)", re.DOTALL
+    r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+)"
+    r"(?: \{((?:[a-z]+=[^ {}]+ ?)+)\})?: (.*)",
+    re.DOTALL,
 )
+_subject: contextvars.ContextVar[Mapping[str, str | int]] = contextvars.ContextVar("subject")
 _COLOURS = {"DEBUG": "dim", "INFO": "green", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 _errors = ""
 _TRACEBACK = "Traceback (most recent call last):"
@@ -90,7 +95,26 @@ def stamp(seconds: float) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
 
 
+@contextlib.contextmanager
+def about(**fields: str | int | None) -> Iterator[None]:
+    """What this thread logs in this block is about this study, site, fold, round, task; None says nothing.
+
+    Values hold no blank and no brace: ids, names, numbers and keys of tasks; never a case, never a path.
+    """
+    told = {key: value for key, value in fields.items() if value is not None}
+    token = _subject.set({**_subject.get({}), **told})
+    try:
+        yield
+    finally:
+        _subject.reset(token)
+
+
 class _Lines(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        told = " ".join(f"{key}={value}" for key, value in _subject.get({}).items())
+        record.subject = f" {{{told}}}" if told else ""
+        return super().formatMessage(record)
+
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
         return stamp(record.created)
 
@@ -99,7 +123,7 @@ def configure() -> None:
     """A process that a supervisor follows: text lines to stderr."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)  # Flower's logger lets its debug lines through, several each second
-    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s%(subject)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
@@ -139,6 +163,8 @@ class Screen:
                 " ",
                 event.message,
             )
+            if (about := " ".join(str(event.fields[key]) for key in ("site", "task") if key in event.fields)) != "":
+                line.append(f"  {about}", "dim")
             self._console.print(line, soft_wrap=True)
         except (OSError, ValueError):
             return
@@ -234,7 +260,11 @@ class Follower:
         if self._open is not None:
             yield self._close()
         if match is not None:
-            self._open = Event(match[1], match[2], self._process, match[3], match[4])
+            fields: dict[str, str | int] = {}
+            for part in (match[4] or "").split():
+                key, _, value = part.partition("=")
+                fields[key] = int(value) if key == "round" and value.isdigit() else value
+            self._open = Event(match[1], match[2], self._process, match[3], match[5], fields)
         elif line == _TRACEBACK:
             self._open = Event(now(), "ERROR", self._process, "output", line)
         elif (numbered := re.match(r"FNU-(\d{3}) ", line)) is not None:

@@ -90,6 +90,12 @@ class Task(_Body):
             parts.append(f"{self.round:04d}")
         return "-".join(parts)
 
+    @property
+    def subject(self) -> dict[str, str | int | None]:
+        """What a line of the log about this task is about (federation.logs.about)."""
+        study = self.study.id[:12]
+        return {"study": study, "site": self.site, "task": self.key, "fold": self.fold, "round": self.round}
+
 
 class Count(_Body):
     """How often a site met one code of the catalogue (2xx): no file name leaves."""

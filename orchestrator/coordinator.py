@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation import audit, files, signing, weights
+from federation import audit, files, logs, signing, weights
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, check, merge, plan_tolerance, to_nnunet
 from federation.flower import clients
@@ -373,6 +373,9 @@ class Conductor:
                 seconds=round(time.monotonic() - started, 3),
             )
             closed = journal.state.closed[fold, number]
+            with logs.about(fold=fold, round=number):
+                took_part = f"{len(closed['participants'])} of {len(study.sites)} sites"
+                log.info("round closed: %s, %.1f s", took_part, closed["seconds"])
         aggregating = time.monotonic()
         digest, chosen = self._aggregate(fold, number, closed["participants"])
         journal.write(
@@ -554,6 +557,11 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
         log.info("run %s: an empty round", run.run_id)
         return
     study = parse(json.loads(run.study_json), f"run {run.run_id}")
+    with logs.about(study=study.id[:12]):
+        _drive(settings, run, study)
+
+
+def _drive(settings: CoordinatorSettings, run: Run, study: Study) -> None:
     folder = settings.studies / study.id
     journal, shut_down = Journal(folder, study), False
     try:
@@ -561,7 +569,7 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
         if journal.state.ended == "done" or run.submission in journal.state.ended_submissions:
             return
         journal.write("opened", run=run.run_id, submission=run.submission)
-        log.info("study %s (%s), run %s: %s", study.name, study.id[:12], run.run_id, journal.state.phase)
+        log.info("%s, run %s: %s", study.name, run.run_id, journal.state.phase)
         try:
             Conductor(run, journal, settings.state / "pretrained", settings.signatures, settings.poll).conduct()
         except FednnunetError as error:
@@ -570,12 +578,12 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
         except OSError as error:
             numbered = files.disk_error(error, folder)
             numbered = numbered or FednnunetError(Code.STUDY_FAILED, f"{type(error).__name__}: {error}")
-            log.exception("study %s", study.id[:12])
+            log.exception("%s broke off", study.name)
             journal.write("failed", number=numbered.code.number, reason=str(numbered), advice=numbered.advice)
             raise numbered from error
         except StopRequested as asked:
             journal.stop(asked.by)
-            log.info("study %s: stopped by %s", study.id[:12], asked.by)
+            log.info("%s: stopped by %s", study.name, asked.by)
             return
         except (RunLost, clients.HTTPError):
             raise
@@ -583,7 +591,7 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
             shut_down = True
             raise
         except Exception as error:  # a fault of ours: said once, in full, instead of a coordinator that dies for ever
-            log.exception("study %s", study.id[:12])
+            log.exception("%s broke off", study.name)
             failed = FednnunetError(Code.STUDY_FAILED, f"{type(error).__name__}: {error} (traceback in the log)")
             journal.write("failed", number=failed.code.number, reason=str(failed), advice=failed.advice)
             raise failed from error

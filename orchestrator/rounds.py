@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from federation import files
+from federation import files, logs
 from federation.errors import Code, FednnunetError
 from federation.flower.runner import SITE_LOST, Node
 from federation.flower.transfer import Ready, Received, file_array
@@ -288,7 +288,8 @@ class Exchange:
             try:
                 received, result = future.result()
                 if received.error_code in SITE_LOST:
-                    log.info("%s: lost %s (%s), it is sent again", site, task.key, received.error_reason)
+                    with logs.about(**task.subject):
+                        log.info("lost (%s), it is sent again", received.error_reason)
                     return "again"
                 if result is None:
                     reason = received.error_reason or f"Flower's error {received.error_code}"
@@ -340,5 +341,6 @@ class Exchange:
             files.write_bytes(kept.with_suffix(".json"), result.model_dump_json(indent=1).encode())
         if incoming.exists():
             os.replace(incoming, kept.with_suffix(".safetensors"))
-        log.warning("%s", error)
+        with logs.about(**task.subject):
+            log.warning("%s", error)
         self._journal.write("refused", site=task.site, key=task.key, attempt=task.attempt, reason=str(error))

@@ -144,6 +144,26 @@ def test_a_supervisor_says_its_own_lines_and_errors_as_it_shows_its_childrens(fo
         assert done.stderr.startswith("FNU-702 ")
 
 
+def test_a_line_says_which_study_site_and_round_it_is_about(tmp_path: Path) -> None:
+    program = (
+        "import logging; from federation import logs\n"
+        "logs.configure(); log = logging.getLogger('fednnunet.link'); log.info('ready')\n"
+        "with logs.about(study='0123456789ab', site='north'):\n"
+        "    with logs.about(task='train-fold_0-0003', fold='0', round=3): log.warning('two\\nlines: {a=b}: c')\n"
+        "    with logs.about(round=None): log.info('after')\n"
+        "log.info('at rest')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
+    ready, two, _, after, rest = follow(tmp_path / "log", done.stderr)
+    assert json.loads(two.as_json())["round"] == 3
+    about = {"study": "0123456789ab", "site": "north"}
+    assert two.fields == {**about, "task": "train-fold_0-0003", "fold": "0", "round": 3}
+    assert (two.message, after.fields, ready.fields, rest.fields) == ("two", about, {}, {})
+    stream = io.StringIO()
+    logs.Screen("rich", stream).show(two)
+    assert stream.getvalue().endswith("two  north train-fold_0-0003\n")
+
+
 def test_a_childs_lines_are_read_back_as_they_were_said(tmp_path: Path) -> None:
     program = (
         "import logging; from federation import logs\n"

@@ -28,7 +28,7 @@ from appliance.link.policy import Approvals, Policy
 from appliance.link.trust import Trust
 from appliance.settings import Settings
 from appliance.spool import Spool
-from federation import files, signing
+from federation import files, logs, signing
 from federation.errors import Code, FednnunetError
 from federation.flower import clients
 from federation.flower.bundle import bundle_hash
@@ -82,10 +82,14 @@ class Link:
     def handle(self, asked: Asked, over: threading.Event) -> Answer:
         """Do one task; raises what `Trust.open` and the policy raise, or FNU-409 when the run ended first."""
         task, nonce = self._trust.open(asked.body)
+        with logs.about(**task.subject):
+            return self._do(task, nonce, asked, over)
+
+    def _do(self, task: Task, nonce: str, asked: Asked, over: threading.Event) -> Answer:
         self._permit(task, over)
         if (timer := self._cancelling.pop(task.study.id + task.key, None)) is not None:
             timer.cancel()
-        log.info("%s %s, attempt %d", task.study.name, task.key, task.attempt)
+        log.info("%s: asked, attempt %d", task.study.name, task.attempt)
         self._spool.put_task(task, asked.weights)
         self._forget_earlier(task)
         while (result := self._spool.result(task)) is None:
@@ -99,7 +103,7 @@ class Link:
         self._policy().check_answer(result)
         parcel = self._spool.result_parcel(task)
         self._ledger.leaving(result, parcel.body, parcel.weights)
-        log.info("%s %s: %s", task.study.name, task.key, result.failure.describe() if result.failure else "done")
+        log.info("%s: %s", task.study.name, result.failure.describe() if result.failure else "done")
         message, _ = signing.sign("answer", parcel.body.read_text(encoding="utf-8"), self._site, self._key, nonce)
         return Answer(message, file_array(parcel.weights) if parcel.weights else None)
 
@@ -114,7 +118,7 @@ class Link:
                 raise
             if policy.is_open(dt.datetime.now().time()):  # noqa: DTZ005 - the hospital's own clock
                 return
-            log.info("%s %s waits: hours %s", task.study.name, task.key, policy.hours)
+            log.info("%s waits: hours %s", task.study.name, policy.hours)
             if over.wait(HOURS_LOOK):
                 raise FednnunetError(Code.CANCELLED, f"the run ended before the hours of {task.key}")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -31,11 +32,13 @@ from appliance.settings import Settings
 from appliance.spool import Spool
 from appliance.worker import dataset
 from appliance.worker.workspace import Control, Interrupted, Workspace
-from federation import files, tasks, weights
+from federation import files, logs, tasks, weights
 from federation.errors import Code, FednnunetError
 
 if TYPE_CHECKING:
     from appliance.worker.training import FoldTrainer
+
+log = logging.getLogger("fednnunet.worker")
 
 FAILED = {
     tasks.Kind.PREPARE: Code.PREPROCESSING_FAILED,
@@ -135,7 +138,13 @@ class Worker:
 
     def handle(self, task: tasks.Task) -> bool:
         """Do one task and lay its answer into the outbox; False when the device is lost to this process."""
+        with logs.about(**task.subject):
+            return self._do(task)
+
+    def _do(self, task: tasks.Task) -> bool:
+        began = time.monotonic()
         self.status.task(task.key, "starting")
+        log.info("begins, attempt %d", task.attempt)
         usable = True
         try:
             result, update = self._answer(task, self._control(task))
@@ -143,12 +152,16 @@ class Worker:
             if not self.stop.is_set():  # cancelled: whatever asks next finds the state of the round before
                 self._close()
             self.status.task(None, "waiting")
+            log.info("stopped after %.1f s", time.monotonic() - began)
             return True
         except Exception as error:  # noqa: BLE001 - every failure is an answer, and is logged
             usable = not self._after_failure(error, task)
             result, update = tasks.Result.answering(task, failure=self._failure(error, task)), None
         try:
             self.spool.put_result(task, result, update)
+            log.info(
+                "%s after %.1f s", result.failure.describe() if result.failure else "done", time.monotonic() - began
+            )
             if result.failure is None:
                 self._forget_what_no_task_needs(task)
         except FednnunetError as error:
