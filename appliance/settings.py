@@ -65,6 +65,10 @@ class Settings(BaseModel):
     log_format: logs.Format = Field(
         "rich", description="What `appliance start` prints: lines for people, or one line of JSON for each event."
     )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of the metrics for the hospital's own Prometheus; 0: none."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address of the metrics.")
     strict_mounts: bool = Field(
         False,
         description="Refuse to start as root, with data that could be written, or with a small /dev/shm. The "

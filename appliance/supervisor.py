@@ -1,4 +1,4 @@
-"""Keeps supernode, link and worker alive: one container, three processes.
+"""Keeps supernode, link and worker alive, and metrics where asked for: one container, one tree of processes.
 
 The link and the supernode hold the site's key and the network; the worker holds the data and the device. Hardened, a
 site starts `--role link` and `--role worker` as two containers that share the spool and nothing else.
@@ -27,6 +27,9 @@ def children(settings: Settings, config: Path | None, role: Role) -> list[Child]
         for name in ("supernode", "link"):
             command = [sys.executable, "-m", "appliance.link", name, "--runtime-port", str(port), *arguments]
             found.append(Child(name, command, logs / f"{name}.log", dict(LEAN)))
+        if settings.metrics_port:
+            command = [sys.executable, "-m", "appliance.link", "metrics", *arguments]
+            found.append(Child("metrics", command, logs / "metrics.log", dict(LEAN)))
     if role in ("all", "worker"):
         found.append(Child("worker", [sys.executable, "-m", "appliance.worker", *arguments], logs / "worker.log"))
     return found
@@ -41,6 +44,8 @@ def run(settings: Settings, config: Path | None, role: Role, shown: Shown | None
     try:
         if role != "worker" and settings.supernode_port:  # after the lock: whoever holds both is told as FNU-705
             check_port("127.0.0.1", settings.supernode_port)
+        if role != "worker" and settings.metrics_port:
+            check_port(settings.metrics_host, settings.metrics_port)
         os.environ.update(own_folders(settings.state, folder))
         Supervisor(children(settings, config, role), status=folder, shown=shown).run(stopped)
     finally:

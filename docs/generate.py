@@ -59,8 +59,14 @@ METRICS = """\
 the journals and the database: they outlive a restart, and a scrape asks nothing of the processes that run a study.
 `study` is the beginning of a study's id.
 
-| Metric | Type | Labels | Meaning |
-|---|---|---|---|
+"""
+SITE_METRICS = """
+## At a hospital
+
+With `metrics_port` in `site.toml` the appliance serves what the hospital's own Prometheus may know, read from its
+ledger, its arrivals and its spool: what came, what left, how training goes. On loopback, until `metrics_host` says
+otherwise.
+
 """
 
 EXAMPLE = """\
@@ -282,16 +288,23 @@ def cli_page() -> str:
 
 
 def metrics_page() -> str:
-    """What Prometheus is told, as the collector tells it of a state folder with nothing in it."""
+    """What Prometheus is told, as the collectors tell it of state folders with nothing in them."""
+    from appliance.link.metrics import Appliance
     from orchestrator.metrics import Journals
 
+    def table(collector: Journals | Appliance) -> str:
+        rows = ["| Metric | Type | Labels | Meaning |", "|---|---|---|---|"]
+        for metric in collector.collect():
+            name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+            labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
+            rows.append(f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |")
+        return "\n".join(rows) + "\n"
+
     nowhere = Path("/nonexistent")
-    rows = []
-    for metric in Journals(nowhere, nowhere / "superlink.db").collect():
-        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
-        labels = ", ".join(f"`{label}`" for label in getattr(metric, "_labelnames", ()))
-        rows.append(f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |")
-    return NOTE.format(source="orchestrator/metrics.py") + METRICS + "\n".join(rows) + "\n"
+    note = NOTE.format(source="orchestrator/metrics.py and appliance/link/metrics.py")
+    return (
+        note + METRICS + table(Journals(nowhere, nowhere / "superlink.db")) + SITE_METRICS + table(Appliance(nowhere))
+    )
 
 
 def pages() -> dict[Path, str]:

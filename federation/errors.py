@@ -218,6 +218,11 @@ class Code(Enum):
         "No such prediction is in the cluster",
         "`fednnunet predict submit` makes one; check --namespace.",
     )
+    TRACKER_REFUSED = (
+        163,
+        "The tracking server does not take the curves",
+        "Check --mlflow and that the server runs; the same command goes on where it stopped.",
+    )
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
     DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
     CHANNELS_DIFFER = (203, "The channels differ from the study's", "Agree on channel_names with the coordinator.")

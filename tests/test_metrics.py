@@ -11,7 +11,10 @@ import pytest
 from commands import REPOSITORY, phantom_study
 from prometheus_client import CollectorRegistry
 
+from appliance.link.metrics import Appliance
 from federation import audit, files
+from federation.study import Study
+from federation.tasks import Result, Task
 from orchestrator.metrics import Journals
 
 
@@ -92,3 +95,51 @@ def test_dashboard_and_alerts_ask_for_metrics_that_are_told(state: Path) -> None
         asked = set(re.findall(r"\bfednnunet_\w+", (chart / file).read_text(encoding="utf-8")))
         assert len(asked) > 3, file
         assert asked <= told, f"{file} asks for what no scrape tells"
+
+
+def test_a_hospital_is_told_what_came_and_what_left_and_nothing_of_a_case(tmp_path: Path) -> None:
+    link, outbox, inbox = (tmp_path / name for name in ("link", "spool/outbox", "spool/inbox"))
+    study, key = "b" * 64, {"study": "b" * 16}
+    leaving = {"study": study, "fold": "all", "failure": None, "body_bytes": 100}
+    audit.append(_made(link / "ledger.jsonl"), "leaving", kind="train", weights_bytes=900, **leaving)
+    audit.append(link / "ledger.jsonl", "leaving", kind="train", weights_bytes=0, **{**leaving, "failure": "FNU-402"})
+    audit.append(_made(link / "arrivals.jsonl"), "accepted", study=study)
+    audit.append(link / "arrivals.jsonl", "refused", number=622, found="x")
+    for number, loss in ((9, 0.5), (10, 0.25)):
+        task = Task(
+            study=Study.model_validate(phantom_study(["north"])), site="north", kind="train", fold="all", round=number
+        )
+        told = {
+            "plans_sha256": "0" * 64, "cases": 3, "epochs": 1, "learning_rate": [0.01], "train_loss": [loss],
+            "val_loss": [1.0], "pseudo_dice": [[0.5, None, 0.7]], "seconds": {},
+        }  # fmt: skip
+        answer = Result.answering(task, training=told)
+        files.write_bytes(outbox / study / task.key / "result.json", answer.model_dump_json().encode())
+    files.write_bytes(inbox / study / "train-fold_all-0010" / "task.json", b"answered")
+    files.write_bytes(inbox / study / "train-fold_all-0011" / "task.json", b"waits")
+    state = {"name": "worker", "pid": None, "restarts": 2, "since": 0}
+    files.write_json(tmp_path / "role-all" / "status.json", {"processes": [state]})
+    registry = CollectorRegistry()
+    registry.register(Appliance(tmp_path))
+
+    def value(metric: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"fednnunet_appliance_{metric}", labels)
+
+    assert value("left_bytes_total", **key, kind="train") == 1100
+    assert value("answers_total", **key, kind="train") == 2
+    assert value("failures_total", **key, kind="train") == 1
+    assert value("tasks_total", **key) == 1
+    assert value("refused_total", number="622") == 1
+    assert value("round", **key, fold="all") == 10
+    assert value("train_loss", **key, fold="all") == 0.25
+    assert value("pseudo_dice", **key, fold="all") == pytest.approx(0.6)
+    assert value("task_since_timestamp_seconds", **key, task="train-fold_all-0010") is None
+    assert value("task_since_timestamp_seconds", **key, task="train-fold_all-0011")
+    assert value("process_up", process="worker") == 0
+    assert value("process_restarts_total", process="worker") == 2
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    return path

@@ -1,4 +1,4 @@
-"""`python -m appliance.link supernode|link --runtime-port PORT`: the two processes that face the network."""
+"""`python -m appliance.link supernode|link|metrics`: the processes that face the network."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from federation.processes import end_with_parent, reach_loopback_directly
 
 
 def main() -> None:
-    """Parse the arguments and become one of the two."""
+    """Parse the arguments and become one of them."""
     parser = argparse.ArgumentParser(prog="appliance.link")
-    parser.add_argument("role", choices=["supernode", "link"])
+    parser.add_argument("role", choices=["supernode", "link", "metrics"])
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--runtime-port", type=int, required=True)
+    parser.add_argument("--runtime-port", type=int, default=0)
     arguments = parser.parse_args()
     end_with_parent()
     reach_loopback_directly()
     logs.configure()
     settings = site_settings.load(arguments.config)
+    if arguments.role == "metrics":
+        from appliance.link import metrics
+
+        metrics.serve(settings)
+        return
     os.environ["FLWR_HOME"] = str(settings.state / "link" / "flower")
     from appliance.link import app
 

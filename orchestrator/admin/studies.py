@@ -265,19 +265,34 @@ def report(
 def track(
     which: Which,
     state: State,
-    tensorboard: Annotated[Path, typer.Option(help="TensorBoard's folder; the study's own folder in it is replaced.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="TensorBoard's folder; the study's own folder in it is replaced.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="MLflow's tracking server (http://...).", envvar="MLFLOW_TRACKING_URI")
+    ] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow's experiment.")] = "fednnunet",
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the study ends.")] = False,
 ) -> None:
-    """Write a study's curves as TensorBoard event files."""
+    """Write a study's curves as TensorBoard event files, or as runs of an MLflow server."""
     from rich.console import Console
 
     from federation.console import require
 
-    require("tracking", "tensorboardX")
+    if tensorboard is None and mlflow is None:
+        raise typer.BadParameter("nowhere to write to: add --tensorboard FOLDER or --mlflow URI")
+    require("tracking", *(["tensorboardX"] if tensorboard else []), *(["mlflow"] if mlflow else []))
     from orchestrator.admin import tracking
 
-    folder = tracking.track(_find(state, which), tensorboard, follow, lambda: time.sleep(1.0))
-    Console().print(f"tensorboard --logdir {folder.parent}", soft_wrap=True, highlight=False)
+    found = _find(state, which)
+    sinks: list[tracking.Sink] = []
+    if tensorboard is not None:
+        sinks.append(tracking.TensorBoard(found, tensorboard))
+    if mlflow is not None:
+        sinks.append(tracking.MLflow(found, mlflow, experiment))
+    tracking.track(found, sinks, follow, lambda: time.sleep(1.0))
+    for sink in sinks:
+        Console().print(sink.where, soft_wrap=True, highlight=False)
 
 
 @app.command()
