@@ -21,7 +21,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs lock base-image wheelhouse image \
+.PHONY: help demo test test-long test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -91,8 +91,13 @@ image: base-image wheelhouse ## build both images, with no network (TORCH=cuda: 
 image-sizes: $(READY) ## where the images' bytes are; the CUDA image's from its wheels' metadata
 	@$(BIN)/python images/sizes.py
 
-docs: $(READY) ## write docs/reference anew from the code
+docs: $(READY) ## write docs/reference anew from the code, and build the site into build/docs
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/sphinx-build -q -W -E -b html docs build/docs
+	@echo "build/docs/index.html"
+
+pictures: $(READY) ## make the documentation's pictures anew from a real study (5 minutes; needs Chromium)
+	@$(ONE_THREAD) $(BIN)/python docs/pictures.py
 
 clean: ## remove what tests, demo and lint left (not .venv)
 	rm -rf build dist demo fednnunet-state .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -210,6 +210,11 @@ class Study(BaseModel):
     round_deadline: float = Field(
         86400.0, gt=0, description="Seconds after which a round goes on without the sites that have not answered."
     )
+    step_deadline: float = Field(
+        604800.0,
+        gt=0,
+        description="Seconds for a step that is no round: checking, fingerprint, preprocessing, validation, comparison.",
+    )
     appear_deadline: float = Field(
         600.0, gt=0, description="Seconds within which every site must have appeared at the start."
     )

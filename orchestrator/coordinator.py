@@ -189,7 +189,7 @@ class Conductor:
             errand,
             accept,
             needed=needed or len(self.study.sites),
-            deadline=self.study.round_deadline,
+            deadline=self.study.step_deadline,
         )
         if len(outcome.answers) < (needed or len(self.study.sites)):
             raise FednnunetError(Code.SITE_FAILED, f"{kind}: {_who(outcome)}")
@@ -433,7 +433,7 @@ class Conductor:
         if outcome is None:
             self._enter(Kind.VALIDATE, errand)
             outcome = self._exchange.ask(
-                self.study.sites, errand, accept, needed=self.study.needed, deadline=self.study.round_deadline
+                self.study.sites, errand, accept, needed=self.study.needed, deadline=self.study.step_deadline
             )
             if len(outcome.answers) < self.study.needed:
                 raise FednnunetError(Code.QUORUM_NOT_MET, f"validation of fold {fold}: {_who(outcome)}")

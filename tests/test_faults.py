@@ -45,6 +45,7 @@ def study(name: str, **changes: Any) -> Study:
             "iterations_per_epoch": 15,
             "validation_iterations_per_epoch": 1,
             "round_deadline": 300,
+            "step_deadline": 300,
             **changes,
         }
     )
@@ -184,7 +185,7 @@ def test_kill_9_in_the_middle_of_a_round_ends_in_the_same_bytes(
 @pytest.mark.long
 def test_a_site_that_falls_silent_is_left_out_at_the_deadline_and_the_record_says_so(federation: Federation) -> None:
     """Quorum 1 of 2: the rounds go on without the silent site, nothing is hidden, and the site is back afterwards."""
-    silent = study("silent_site", quorum=1, round_deadline=15, rounds=2)
+    silent = study("silent_site", quorum=1, round_deadline=15, step_deadline=15, rounds=2)
     worker = federation.process("appliance.worker", "hospital_b")
     try:
         federation.run_and_disturb(silent, worker.suspend, during=None)

@@ -150,6 +150,7 @@ def phantom_study(sites: Iterable[str], rounds: int, iterations: int) -> dict[st
         "iterations_per_epoch": iterations,
         "validation_iterations_per_epoch": 4,
         "round_deadline": 600,
+        "step_deadline": 600,
     }
 
 

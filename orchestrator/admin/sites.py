@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 site = typer.Typer(help="Invite sites into a federation, let them in, put them out.", no_args_is_help=True)
 
 State = Annotated[Path, typer.Option(help="The orchestrator's state folder.")]
-ControlAddress = Annotated[str, typer.Option("--control", help="HOST:PORT of the control listener.")]
+ControlAddress = Annotated[
+    str, typer.Option("--control", help="HOST:PORT of the control listener.", envvar="FEDNNUNET_CONTROL")
+]
 SiteName = Annotated[str, typer.Argument(metavar="NAME", help="The site's name.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask: for scripts. Nobody compares the key then.")]
 Words = Annotated[

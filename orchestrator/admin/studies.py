@@ -19,7 +19,9 @@ app = typer.Typer(help="Write, run and watch studies.", no_args_is_help=True)
 State = Annotated[
     Path, typer.Option(help="The orchestrator's state folder, on this machine.", envvar="FEDNNUNET_STATE")
 ]
-ControlAddress = Annotated[str, typer.Option("--control", help="HOST:PORT of the control listener.")]
+ControlAddress = Annotated[
+    str, typer.Option("--control", help="HOST:PORT of the control listener.", envvar="FEDNNUNET_CONTROL")
+]
 Wait = Annotated[bool, typer.Option(help="Stay and show the study until it ends.")]
 Which = Annotated[str, typer.Argument(metavar="STUDY", help="Its name, or the beginning of its id.")]
 _CONTROL = "127.0.0.1:8100"
