@@ -23,6 +23,8 @@ from federation.study import SiteName, Study
 PROTOCOL = 1
 TrainedFold = Literal["0", "1", "2", "3", "4", "all"]
 """A fold as it is trained; it becomes part of a folder's name."""
+Cases = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Training cases that a site may claim: they are its weight in the mean, so a claim beyond all reason is no answer."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -107,7 +109,7 @@ class Count(_Body):
 class Description(_Body):
     """Answer to Describe: the dataset is complete and fits the contract."""
 
-    training_cases: int = Field(ge=1)
+    training_cases: Cases
     test_cases: int = Field(ge=0, description="Cases of imagesTs with a label in labelsTs, for scoring alone.")
     warnings: list[Count] = []
     versions: dict[str, str] = Field(default_factory=dict, description="Versions of the packages that matter.")
@@ -141,7 +143,7 @@ class Preparation(_Body):
 
     plans_sha256: Sha256
     network: Network | None = Field(None, description="With mode asymfedavg: the network of the site's own plan.")
-    training_cases: dict[str, int] = Field(description="Number of training cases for each fold.")
+    training_cases: dict[str, Cases] = Field(description="Number of training cases for each fold.")
     device: str
 
 
@@ -149,7 +151,7 @@ class Training(_Body):
     """Answer to Train: how one local round went. Lists have one entry for each epoch."""
 
     plans_sha256: Sha256
-    cases: int = Field(ge=1, description="Training cases, as declared by Prepare.")
+    cases: Cases = Field(description="Training cases, as declared by Prepare.")
     epochs: int = Field(ge=1)
     learning_rate: list[float]
     train_loss: list[float]

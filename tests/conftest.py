@@ -6,10 +6,14 @@ nnU-Net, nothing of Flower that phones home.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +30,19 @@ os.environ |= {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 
+RECORDS = Path(__file__).resolve().parents[1] / "build" / "commands"
+
+
+def _write_down(event: str, arguments: tuple[Any, ...]) -> None:
+    """Every process that a test starts, for tests/documented.py."""
+    if event == "subprocess.Popen" and isinstance(arguments[1], list | tuple):
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            RECORDS.mkdir(parents=True, exist_ok=True)
+            with open(RECORDS / f"{os.getpid()}.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps([os.fsdecode(word) for word in arguments[1]]) + "\n")
+
+
+sys.addaudithook(_write_down)
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 

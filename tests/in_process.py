@@ -7,7 +7,7 @@ nnU-Net's own trainer.
 Simulated: Flower, the link (with signatures and policy) and the processes. A task that is pushed lies in the site's
 spool at once, and the site's worker does it before `push` returns, one site after the other; the answer's bytes are
 copied as they lie in the outbox. A study's deadlines are therefore never met here, and a site never restarts;
-tests/test_rounds.py and tests/test_faults.py are for that.
+tests/test_rounds.py and tests/faults are for that.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ POLL = 0.01
 NEVER_ANSWERED = 99
 """Not one of Flower's error codes after which a task is sent again."""
 Silent = Callable[[str, Task], bool]
+Lie = Callable[[Task, str, Path], str]
+"""What a hostile site makes of its answer: takes task, body and weights file, changes the file, returns the body."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class SimulatedNetwork:
 
     workers: Mapping[str, Any]
     silent: Silent
+    lie: Lie
     pushed: list[Task] = field(default_factory=list)
     _waiting: dict[str, Envelope] = field(default_factory=dict)
 
@@ -158,7 +161,8 @@ class SimulatedNetwork:
                 raise FednnunetError(Code.WEIGHTS_DAMAGED, f"more than {max_weights} bytes")
             weights.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(parcel.weights, weights)
-        return Received(parcel.body.read_text(encoding="utf-8"), parcel.weights is not None)
+        body = self.lie(ready.task, parcel.body.read_text(encoding="utf-8"), weights)
+        return Received(body, parcel.weights is not None)
 
 
 class WarmWorkshop(Workshop):
@@ -177,6 +181,10 @@ def _warm_workshop() -> WarmWorkshop:
 
 def _answers(site: str, task: Task) -> bool:
     return False
+
+
+def _honest(task: Task, body: str, weights: Path) -> str:
+    return body
 
 
 class Federation:
@@ -202,7 +210,7 @@ class Federation:
         with _environment(self.settings.values()):  # some of it is read by nnU-Net when it is imported
             self.workers = {name: Worker(site, threading.Event()) for name, site in self.settings.items()}
 
-    def run(self, study: Study, silent: Silent = _answers) -> Outcome:
+    def run(self, study: Study, silent: Silent = _answers, lie: Lie = _honest) -> Outcome:
         """Conduct a study to its end; raises what it fails with.
 
         Parameters
@@ -212,12 +220,14 @@ class Federation:
         silent : callable
             ``silent(site, task)``: True where a site does not answer this task. Flower is simulated to say so at
             once, instead of at the deadline.
+        lie : callable
+            What becomes of each answer before the orchestrator sees it.
         """
         journal = Journal(self.study_folder(study), study)
         try:
             with _environment(self.settings.values()):
                 conductor = Conductor(
-                    SimulatedNetwork(self.workers, silent), journal, self.pretrained, Unsigned(), POLL
+                    SimulatedNetwork(self.workers, silent, lie), journal, self.pretrained, Unsigned(), POLL
                 )
                 conductor._workshop = _warm_workshop()
                 conductor.conduct()

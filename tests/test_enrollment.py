@@ -1,7 +1,7 @@
 """How a hospital gets in and out: the ceremony by files and online, real TLS on loopback, and the attacks by name.
 
 Real: the authority, the documents, the registry, the SuperLink behind its two listeners, a supernode, the commands
-(run in this process, since there are many: `command`; tests/test_by_hand.py runs them as processes).
+(run in this process, since there are many: `command`; tests/test_documents.py runs them as processes).
 Simulated, where a test says `FlowerInMemory`: the SuperLink's list of nodes, with its rule that a key which was
 unregistered never comes back.
 """

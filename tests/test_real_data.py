@@ -3,7 +3,7 @@
 Two studies, each from Describe to the exported zip over the real processes, with the small network and few
 iterations: three hospitals' chest X-rays (2d, fold 0, by the command line) and hippocampus (3d_fullres, fold all, by
 `Simulation`). The three hippocampus "sites" are one institution, split by intensity scale (medians about 61, 553 and
-244000). Skipped where ../shared/data is absent; the phantom studies of test_faults.py still run then.
+244000). Skipped where ../shared/data is absent; the phantom studies of tests/faults still run then.
 """
 
 from __future__ import annotations

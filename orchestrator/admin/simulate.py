@@ -45,6 +45,7 @@ from orchestrator.history import History, Tail, so_far
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 120.0
+REPORT_TIMEOUT = 60.0
 POLICY = b'# Simulated: whoever starts the study owns the data.\nstudies = "any"\n'
 
 
@@ -234,8 +235,20 @@ class Simulation:
                 self._control().start(study.model_dump_json())
         history.ended = None
         self._watch(history, tail, console)
+        self._await_report(study)
         raise_failure(history, self._where(history))
         return history
+
+    def _await_report(self, study: Study) -> None:
+        """The coordinator writes the report once the journal has ended: a simulation must not end it before."""
+        assert self.supervisor is not None
+        journal, report = (self.study_folder(study) / name for name in ("journal.jsonl", "report.html"))
+        end = time.monotonic() + REPORT_TIMEOUT
+        while time.monotonic() < end and not (
+            report.exists() and report.stat().st_mtime_ns > journal.stat().st_mtime_ns
+        ):
+            self.supervisor.look()
+            time.sleep(0.1)
 
     def _so_far(self, study: Study) -> tuple[History, Tail]:
         """What the journal of a study says already, and a tail that reads on from there."""

@@ -1,0 +1,170 @@
+"""kill -9 at every transition of coordinator, link and worker: the study ends, with the bytes of an undisturbed one.
+
+A transition is a line of journal, arrivals or ledger (killed after it), or a file that takes its place (killed before
+it); tests/faults/crash/sitecustomize.py does it, inside the process, so that none is missed. SuperLink and supernode,
+which have no transitions of ours, are killed at random times from outside.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import REPOSITORY
+from rich.console import Console
+from test_mid_round import SITES, Federation, study
+
+from orchestrator.admin.simulate import Simulation, SiteOptions
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
+
+CRASH = Path(__file__).parent / "crash"
+TABLE = REPOSITORY / "build" / "faults.json"
+SHARE = int(os.environ.get("FAULTS_SHARE", "4"))
+"""One of so many transitions; `make faults` takes every one."""
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str, Path]) -> str:
+    """Digest of the final weights of a study that nothing happens to."""
+    simulation = Simulation(
+        tmp_path_factory.mktemp("calm"), {name: tiny_phantom_sites[name] for name in SITES}, SiteOptions(threads=1)
+    )
+    with simulation.running():
+        undisturbed = study("undisturbed", round_deadline=1200, step_deadline=1200)
+        simulation.conduct(undisturbed, Console(file=io.StringIO()))
+        return Federation(simulation).digest(undisturbed)
+
+
+@pytest.fixture
+def killing(
+    tmp_path: Path, tiny_phantom_sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Simulation, Path]]:
+    folder = tmp_path / "crash"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{CRASH}:{REPOSITORY}")
+    monkeypatch.setenv("FAULTS_CRASH", str(folder))
+    monkeypatch.setenv("FAULTS_SHARE", str(SHARE))
+    sites = {name: tiny_phantom_sites[name] for name in SITES}
+    return iter([(Simulation(tmp_path / "state", sites, SiteOptions(threads=1)), folder)])
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What the processes said of their starts and deaths."""
+    path = folder / "record.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_table(name: str, row: dict[str, Any]) -> None:
+    """Keep the figures of a run beside those of the others, for docs/reference/measured."""
+    TABLE.parent.mkdir(exist_ok=True)
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    TABLE.write_text(json.dumps(known | {name: row}, indent=1) + "\n")
+
+
+def figures(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Kills, and seconds from a kill to the next life of that process."""
+    waits = []
+    for at, line in enumerate(lines):
+        if line["what"] == "kill":
+            waits.append(
+                next(one["at"] for one in lines[at:] if one["what"] == "start" and one["role"] == line["role"])
+                - line["at"]
+            )
+    kinds = collections.Counter(line["role"] for line in lines if line["what"] == "kill")
+    return {
+        "kills": dict(kinds),
+        "seconds_to_the_next_life": {"median": round(statistics.median(waits), 2), "most": round(max(waits), 2)},
+        "seconds": round(seconds, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    "roles", [["coordinator"], ["link-hospital_a"], ["worker-hospital_a"]], ids=lambda roles: roles[0].partition("-")[0]
+)
+def test_killed_at_every_transition_the_study_ends_in_the_same_bytes(
+    killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch, roles: list[str]
+) -> None:
+    monkeypatch.setenv("FAULTS_ROLES", ",".join(roles))
+    simulation, folder = next(killing)
+    disturbed = study("disturbed", round_deadline=1200, step_deadline=1200)
+    began = time.monotonic()
+    with simulation.running():
+        federation = Federation(simulation)
+        federation.run(disturbed)
+    lines = told(folder)
+    row = figures(lines, time.monotonic() - began)
+    deaths = sum(line["what"] == "kill" for line in lines)
+    assert deaths >= 3
+    assert federation.digest(disturbed) == calm
+    closed = [line for line in federation.journal(disturbed) if line["event"] == "closed"]
+    assert [line["participants"] for line in closed] == [list(SITES)] * 3, "nobody was left out"
+    assert row["seconds_to_the_next_life"]["most"] <= 60
+    log = (simulation.state / "sites" / "hospital_a" / "state" / "logs" / "worker.log").read_text()
+    begun = log.count("begins, attempt") - log.count("task=describe: begins")
+    row["tasks_begun_at_hospital_a"] = log.count("begins, attempt")
+    if roles == ["link-hospital_a"]:
+        assert all(
+            log.count(f"task=train-fold_all-000{number} fold=all round={number}}}: begins") == 1 for number in (1, 2, 3)
+        )
+    assert begun <= 8 + deaths, "at most one task is done again for each death"
+    write_table(roles[0].partition("-")[0], row)
+
+
+def test_superlink_and_supernode_killed_at_random_times(
+    killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULTS_ROLES", "")
+    simulation, _ = next(killing)
+    chance, most = random.Random(8), 24 // SHARE
+    kills: list[tuple[str, float]] = []
+    over = threading.Event()
+    with simulation.running():
+        federation = Federation(simulation)
+
+        def disturb() -> None:
+            while len(kills) < most and not over.wait(chance.uniform(2.0, 7.0)):
+                command, site = chance.choice(
+                    [("orchestrator superlink", ""), ("appliance.link supernode", "hospital_a")]
+                )
+                process = federation.process(command, site)
+                os.kill(process.pid, signal.SIGKILL)
+                died = time.monotonic()
+                while federation.process(command, site).pid == process.pid and not over.is_set():
+                    time.sleep(0.05)
+                kills.append((command, time.monotonic() - died))
+
+        thread = threading.Thread(target=disturb)
+        disturbed = study("disturbed", rounds=3, iterations_per_epoch=15, round_deadline=1200, step_deadline=1200)
+        began = time.monotonic()
+        thread.start()
+        try:
+            federation.run(disturbed)
+        finally:
+            over.set()
+            thread.join()
+    assert len(kills) >= 3
+    assert federation.digest(disturbed) == calm
+    assert max(seconds for _, seconds in kills) <= 60
+    write_table(
+        "superlink and supernode",
+        {
+            "kills": dict(collections.Counter(command for command, _ in kills)),
+            "seconds_to_the_next_life": {
+                "median": round(statistics.median(seconds for _, seconds in kills), 2),
+                "most": round(max(seconds for _, seconds in kills), 2),
+            },
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    )
