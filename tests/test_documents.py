@@ -66,9 +66,9 @@ class Distance:
         (folder / "srv").mkdir()
         (folder / "backup").mkdir()
         self.control = f"{CONTROL}:{self.control_port}"
-        self.coordinator = Person(
-            folder / "coordinator", common | here, {"FEDNNUNET_CONTROL": self.control, "FEDNNUNET_POLL": "0.2"}
-        )
+        ports = {"FEDNNUNET_FLEET_PORT": str(self.fleet_port), "FEDNNUNET_CONTROL_PORT": str(self.control_port)}
+        variables = {"FEDNNUNET_CONTROL": self.control, "FEDNNUNET_FLEET_HOST": FLEET, "FEDNNUNET_POLL": "0.2"} | ports
+        self.coordinator = Person(folder / "coordinator", common | here, variables)
         self.hospitals = {
             name: Person(
                 folder / name,
@@ -101,8 +101,8 @@ class Distance:
 
     def asks(self, *arguments: object) -> Done:
         """A command of the coordinator that is on no page."""
-        state = ("--state", self.federation, "--control", self.control)
-        return command(FEDNNUNET, *arguments, *state, cwd=self.coordinator.folder)
+        state, here = ("--state", self.federation), self.coordinator.folder
+        return command(FEDNNUNET, *arguments, *state, cwd=here, FEDNNUNET_CONTROL=self.control)
 
     def runs(self) -> None:
         wait_for(lambda: accepts(CONTROL, self.control_port), 60, "the control listener")
@@ -256,8 +256,9 @@ def test_enroll_watch_stop_back_up_and_restore_as_the_pages_say(distance: Distan
     for name in ("ca.crt", "coordinator.pub"):
         distance.mail(name, distance.federation / "authority", by_hand)
         shutil.move(by_hand.folder / name, distance.config("hospital_a") / name)
-    assert "SHA256:" in by_hand.types(fingerprint)
-    coordinator.types(add.replace("/srv/appliance/config", str(distance.config("hospital_a"))))
+    distance.mail("site.pub", distance.config("hospital_a"), coordinator)
+    assert "SHA256:" in coordinator.types(fingerprint)
+    coordinator.types(add)
     enroll.done.add(("Without an invitation", 0))
     by_hand.reads(enroll, "By files", 3)
 
@@ -313,7 +314,7 @@ def test_enroll_watch_stop_back_up_and_restore_as_the_pages_say(distance: Distan
     assert "stopped" in events
     rounds(distance, 12)
     good(distance.asks("study", "stop", "liver-2026"))
-    coordinator.reads(watch, "The report, and what to hand on")
+    coordinator.reads(watch, "The report")
     coordinator.reads(watch, "TensorBoard, MLflow", also={" --follow": ""})
     assert (coordinator.folder / "liver-2026" / "SHA256SUMS").exists()
     assert operate.left() == []
