@@ -1,6 +1,8 @@
 """Light simulated sites: they answer every task at once with invented numbers, so that the rest can be measured.
 
-A light site takes the worker's place behind a real link: real spool, real supernode, real network. It trains nothing.
+A `LightSite` takes the worker's place behind a real link: real spool, real supernode, real network. A `LightClient`
+takes the place of the whole hospital at the real hospitals' listener, many in one process: real keys, real signatures,
+real TLS, Flower's real Fleet API. Neither trains anything.
 """
 
 from __future__ import annotations
@@ -11,49 +13,60 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.serde_utils import metadata_from_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from appliance.link.trust import Trust
 from appliance.spool import Spool
 from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
-from federation import tasks, weights
+from federation import signing, tasks, weights
+from federation.flower import clients
+from federation.flower.supernode import pause
+from federation.flower.transfer import Transfer, content, file_array
 from federation.tasks import Kind, Result, Task
 
 CASES = 40
+HEARTBEAT = 30.0  # seconds, as Flower's own
 CT_SPACING, CT_SHAPE = (2.5, 0.8, 0.8), (180, 512, 512)
 """A large CT: nnU-Net plans its default 31 M network for it."""
 
 
-class LightSite(threading.Thread):
-    """One simulated site that answers what lies in a spool.
+class Light:
+    """What a light site answers.
 
     Parameters
     ----------
-    state : Path
-        The site's state folder, shared with its link.
+    folder : Path
+        Where it keeps the weights that it has.
+    name : str
+        Its name; its numbers follow from it.
     """
 
-    def __init__(self, state: Path) -> None:
-        super().__init__(daemon=True, name=f"light {state.parent.name}")
-        self._spool, self._folder = Spool(state / "spool"), state / "light"
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._stopped = threading.Event()
-        self._random = np.random.default_rng(sum(state.parent.name.encode()))
+        self._random = np.random.default_rng(sum(name.encode()))
 
-    def run(self) -> None:
-        """Answer until stopped."""
-        while not self._stopped.is_set():
-            for task in self._spool.waiting():
-                self._spool.put_result(task, *self._answer(task))
-            time.sleep(0.02)
+    def answer(self, task: Task, arrived: Path | None) -> tuple[Result, Path | None]:
+        """The answer to a task, and the update that goes with it.
 
-    def stop(self) -> None:
-        """Answer nothing more; returns when the last answer is out."""
-        self._stopped.set()
-        self.join()
-
-    def _answer(self, task: Task) -> tuple[Result, Path | None]:
+        Parameters
+        ----------
+        task : Task
+            What is asked.
+        arrived : Path or None
+            The weights file that came with it.
+        """
         match task.kind:
             case Kind.DESCRIBE:
                 return Result.answering(task, description=tasks.Description(training_cases=CASES, test_cases=0)), None
@@ -70,15 +83,17 @@ class LightSite(threading.Thread):
                 )
                 return Result.answering(task, preparation=report), None
             case Kind.TRAIN:
-                return self._train(task)
+                return self._train(task, arrived)
             case Kind.VALIDATE:
-                self._open(task)
+                self._open(task, arrived)
                 return Result.answering(task, validation=tasks.Validation(seconds=0.0)), None
             case Kind.FINISH:
                 assert task.weights is not None
                 return Result.answering(task, finished=tasks.Finished(model_sha256=task.weights.digest)), None
+            case Kind.COMPARE:
+                raise NotImplementedError("a light site has nothing to compare")
 
-    def _open(self, task: Task) -> Path:
+    def _open(self, task: Task, arrived: Path | None) -> Path:
         assert task.weights is not None
         target = self._folder / f"{task.weights.digest}.safetensors"
 
@@ -86,15 +101,15 @@ class LightSite(threading.Thread):
             path = self._folder / f"{digest}.safetensors"
             return path if path.exists() else None
 
-        opened = weights.open_weights(task.weights, self._spool.task_parcel(task).weights, base, target)
+        opened = weights.open_weights(task.weights, arrived, base, target)
         if opened != target and not target.exists():
             target.hardlink_to(opened)
         for old in sorted(self._folder.glob("[0-9a-f]*.safetensors"), key=lambda path: path.stat().st_mtime)[:-2]:
             old.unlink()
         return target
 
-    def _train(self, task: Task) -> tuple[Result, Path | None]:
-        base = self._open(task)
+    def _train(self, task: Task, arrived: Path | None) -> tuple[Result, Path | None]:
+        base = self._open(task, arrived)
         assert task.weights is not None
         assert task.plans_sha256 is not None
         file, new = weights.TensorFile(base), self._folder / "new"
@@ -123,6 +138,124 @@ class LightSite(threading.Thread):
             seconds={},
         )
         return Result.answering(task, training=report, weights=header), new
+
+
+class LightSite(threading.Thread):
+    """One simulated site that answers what lies in a spool.
+
+    Parameters
+    ----------
+    state : Path
+        The site's state folder, shared with its link.
+    """
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(daemon=True, name=f"light {state.parent.name}")
+        self._spool, self._light = Spool(state / "spool"), Light(state / "light", state.parent.name)
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Answer until stopped."""
+        while not self._stopped.is_set():
+            for task in self._spool.waiting():
+                self._spool.put_result(task, *self._light.answer(task, self._spool.task_parcel(task).weights))
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Answer nothing more; returns when the last answer is out."""
+        self._stopped.set()
+        self.join()
+
+
+class _Fleet:
+    """The Fleet API in the words of the Runtime API, which federation.flower.transfer speaks."""
+
+    def __init__(self, client: Any, node: Node) -> None:
+        self._client, self._node = client, node
+        self.PullObject, self.PushObject = client.PullObject, client.PushObject
+        self.ConfirmMessageReceived = client.ConfirmMessageReceived
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """What waits for this node."""
+        return self._client.PullMessages(PullMessagesRequest(node=self._node))
+
+    def PushMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        """An answer of this node."""
+        return self._client.PushMessages(
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=request.messages_list,
+                message_object_trees=request.message_object_trees,
+                clientapp_runtime_list=[0.0],
+            )
+        )
+
+
+class LightClient(threading.Thread):
+    """One simulated hospital at the hospitals' listener.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    address : str
+        HOST:PORT of the listener.
+    ca : bytes
+        PEM certificate of the authority.
+    coordinator : Path
+        The coordinator's public key.
+    folder : Path
+        Its own; holds its key.
+    poll : float
+        Seconds between two looks.
+    """
+
+    def __init__(self, name: str, address: str, ca: bytes, coordinator: Path, folder: Path, poll: float) -> None:
+        super().__init__(daemon=True, name=f"light {name}")
+        self._site, self._folder, self._poll = name, folder, poll
+        self._light = Light(folder / "light", name)
+        self._key = signing.load_private((folder / "site.key").read_bytes(), name)
+        trusted = signing.load_public(coordinator.read_bytes(), str(coordinator))
+        self._trust = Trust(name, trusted, folder / "arrivals.jsonl")
+        self._client = clients.fleet_client(address, ca, folder / "site.key")
+        self._public = (folder / "site.pub").read_bytes()
+        self._stopped = threading.Event()
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Answer until stopped; what went wrong stands in `failure`."""
+        try:
+            self._serve()
+        except BaseException as error:  # noqa: BLE001 - told by whoever measures
+            self.failure = error
+
+    def _serve(self) -> None:
+        key = public_key_to_bytes(load_ssh_public_key(self._public))  # type: ignore[arg-type]
+        request = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT)
+        node = Node(node_id=self._client.ActivateNode(request).node_id)
+        beaten = worked = time.monotonic()
+        while not self._stopped.wait(pause(self._poll, time.monotonic() - worked)):
+            if time.monotonic() - beaten > HEARTBEAT / 2:
+                self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT))
+                beaten = time.monotonic()
+            fleet = _Fleet(self._client, node)
+            for ready in Transfer(fleet, node.node_id, 0).ready():
+                metadata = metadata_from_proto(ready.proto.metadata)
+                transfer = Transfer(fleet, node.node_id, metadata.run_id)
+                arrived = self._folder / "arrived.safetensors"
+                received = transfer.take(ready, arrived, 2**31, self._stopped.is_set)
+                task, nonce = self._trust.open(received.body)
+                result, update = self._light.answer(task, arrived if received.has_weights else None)
+                body, _ = signing.sign("answer", result.model_dump_json(), self._site, self._key, nonce)
+                weights = file_array(update) if update is not None else None
+                asked = make_message(metadata=metadata, content=RecordDict())
+                transfer.push(Message(content(body, weights), reply_to=asked))
+                worked = time.monotonic()
+
+    def stop(self) -> None:
+        """Answer nothing more."""
+        self._stopped.set()
+        self.join(30)
 
 
 class CountingProxy:

@@ -213,7 +213,7 @@ class Study(BaseModel):
     step_deadline: float = Field(
         604800.0,
         gt=0,
-        description="Seconds for a step that is no round: checking, fingerprint, preprocessing, validation, comparison.",
+        description="Seconds for a step that is no round: checks, fingerprint, preprocessing, validation, comparison.",
     )
     appear_deadline: float = Field(
         600.0, gt=0, description="Seconds within which every site must have appeared at the start."

@@ -633,16 +633,42 @@ def unfinished(settings: CoordinatorSettings) -> list[Study]:
 
 
 def _carry_on(settings: CoordinatorSettings, control: clients.Control) -> None:
-    """Flower forgets a run that loses its coordinator: end what is left of it and start a new run in its place."""
-    studies = unfinished(settings)
-    if not studies:
-        return
-    for run_id in control.active():
-        if control.status(run_id)[0] in ("starting", "running"):
-            control.stop(run_id)
-    for study in studies:
-        log.info("study %s (%s) goes on in a new run", study.name, study.id[:12])
-        control.start(study.model_dump_json())
+    """Flower forgets a run that loses its coordinator: end what is left of it and start a new run in its place.
+
+    Called while no run is driven, so every run that is under way has lost its coordinator. Mostly its study has a
+    journal that has not ended; but who died between taking the run and the journal's line of it has left nothing else.
+    The new run is started before the old one is ended, so that the study is somewhere at every moment.
+    """
+    going_on: dict[str, tuple[str, str | None]]
+    going_on = {study.id: (study.model_dump_json(), None) for study in unfinished(settings)}
+    lost = control.under_way()
+    for run in lost:
+        if run.study_json == selftest.STUDY:
+            going_on[selftest.STUDY] = run.study_json, run.submission
+            continue
+        try:
+            study = parse(json.loads(run.study_json), f"run {run.run_id}")
+        except (FednnunetError, ValueError):  # of another version
+            continue
+        if study.id not in going_on and not _has_ended(settings, study, run.submission):
+            going_on[study.id] = study.model_dump_json(), run.submission
+    for key, (text, submission) in going_on.items():
+        log.info("study %s goes on in a new run", key[:12])
+        control.start(text, submission)
+    for run in lost:
+        control.stop(run.run_id)
+
+
+def _has_ended(settings: CoordinatorSettings, study: Study, submission: str) -> bool:
+    """Whether the journal says that this submission of a study has come to its end."""
+    folder = settings.studies / study.id
+    if not (folder / "journal.jsonl").exists():
+        return False
+    journal = Journal(folder, study)
+    try:
+        return journal.state.ended == "done" or submission in journal.state.ended_submissions
+    finally:
+        journal.close()
 
 
 def main(settings: CoordinatorSettings) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
-from flwr.common.serde import user_config_to_proto
+from flwr.common.serde import user_config_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -206,6 +206,15 @@ class Registered:
     online_until: float | None
 
 
+@dataclass(frozen=True)
+class UnderWay:
+    """A run that somebody has taken up: its id, and what it was started with."""
+
+    run_id: int
+    study_json: str
+    submission: str
+
+
 def ssh_line(public_key: bytes) -> str:
     """A key as Flower keeps it, as an OpenSSH line."""
     return (
@@ -276,17 +285,19 @@ class Control:
             if node.status != "unregistered"
         ]
 
-    def start(self, study_json: str) -> int:
+    def start(self, study_json: str, submission: str | None = None) -> int:
         """Start a run that carries a study; returns Flower's run id.
 
         The run also carries a number of its own: where a request had to be repeated and two runs came of it, the
-        coordinator sees that both are one submission.
+        coordinator sees that both are one submission; so it does of a run that is started in another one's place.
         """
         return int(
             self._client.StartRun(
                 StartRunRequest(
                     fab=Fab(hash_str=bundle_hash(), content=bundle()),
-                    override_config=user_config_to_proto({"study": study_json, "submission": secrets.token_hex(8)}),
+                    override_config=user_config_to_proto(
+                        {"study": study_json, "submission": submission or secrets.token_hex(8)}
+                    ),
                 )
             ).run_id
         )
@@ -295,6 +306,16 @@ class Control:
         """Runs that have not finished."""
         runs = self._client.ListRuns(ListRunsRequest()).run_dict
         return sorted(run_id for run_id, run in runs.items() if run.status.status != "finished")
+
+    def under_way(self) -> list[UnderWay]:
+        """Runs that somebody has taken up and that have not finished."""
+        runs = self._client.ListRuns(ListRunsRequest()).run_dict
+        found = []
+        for run_id, run in sorted(runs.items()):
+            if run.status.status in ("starting", "running"):
+                config = user_config_from_proto(run.override_config)
+                found.append(UnderWay(run_id, str(config.get("study", "")), str(config.get("submission", ""))))
+        return found
 
     def status(self, run_id: int) -> tuple[str, str, str]:
         """Status, sub-status and details of a run."""

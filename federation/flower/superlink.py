@@ -31,10 +31,12 @@ from typing import Any
 
 import flwr.supercore.corestate.sql_corestate as corestate
 import uvicorn
+import uvloop
 from flwr.supercore.logger import update_console_handler
 from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
+from federation.flower import lean, state
 from federation.flower.intake import Handler, Intake
 
 log = logging.getLogger("fednnunet.superlink")
@@ -168,9 +170,11 @@ def serve(
         *("--host", control.host, "--port", str(control.port), "--database", str(files.database)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
     ]
+    state.use()
     config = _cli._parse_superlink_lifespan_config()
     update_console_handler(level="WARNING", timestamps=True, colored=False)
     app = create_app(config, _cli.SuperLinkLifespan)
+    lean.slim(app, event_logs=config.event_log_plugin is not None)
     token = hashlib.sha256(files.token.read_bytes().strip()).digest()
     common: dict[str, Any] = {
         "log_level": "warning",
@@ -207,7 +211,7 @@ def serve(
         await asyncio.gather(inner.serve(), outer.serve())
         renewing.cancel()
 
-    asyncio.run(both())
+    uvloop.run(both())
 
 
 async def _take_up_certificates(files: SuperLinkFiles, servers: list[_Server], every: float = 2.0) -> None:

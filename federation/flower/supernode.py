@@ -1,6 +1,6 @@
 """Flower's SuperNode, with a poll that is ours and a restart that is let in at once.
 
-- Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less.
+- Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less at first.
 - After a crash Flower refuses the node for up to 60 s ("already active"): we take it off first.
 - When Flower's loop ends on an error it leaves a process that answers its link but never again the SuperLink:
   we end the process, so that the supervisor starts another.
@@ -28,15 +28,34 @@ from federation.flower import clients
 _cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
 
 
+SLOWEST = 3.0
+"""Seconds: Flower's own pause between two looks for a message."""
+PATIENCE = 0.02
+"""A look comes late by at most this share of what has been waited for it."""
+
+
+def pause(poll: float, waited: float) -> float:
+    """Seconds until the next look for a message, for a node that has waited so long already.
+
+    Every look of every site costs the SuperLink some milliseconds: who has waited for minutes looks less often.
+    """
+    return min(SLOWEST, max(poll, PATIENCE * waited))
+
+
 class _Clock:
-    """Stands in for the `time` module in Flower's loop."""
+    """Stands in for the `time` module in Flower's loop: it sleeps `SLOWEST` between looks, less while it works."""
 
     def __init__(self, poll: float) -> None:
         self._poll, self.time = poll, time.time
+        self._worked = time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than the poll."""
-        time.sleep(min(seconds, self._poll))
+        """Sleep, but no longer than the poll, or `pause` where nothing came."""
+        if seconds < SLOWEST:
+            self._worked = time.monotonic()
+            time.sleep(min(seconds, self._poll))
+        else:
+            time.sleep(pause(self._poll, time.monotonic() - self._worked))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Flower's SQL state of the SuperLink, with fewer writes: SQLite has one writer at a time, and every site polls.
+
+Flower claims a node's messages by an UPDATE at each look of each site, waiting message or not, and tidies up expired
+claims by two UPDATEs at each chunk that comes or goes. With many sites these queue for the one write lock, and a round
+takes as much longer (benchmarks/scale.py). Here a look reads first and writes only where something waits, tidying is
+done once a second, and connections are kept open for as many threads as the server has.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import flwr.server.superlink.linkstate.linkstate_factory as factory
+from flwr.app import Message
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.state.schema.linkstate_models import MessageIns
+from flwr.supercore.utils import uint64_to_int64
+from sqlalchemy import select
+
+THREADS = 40
+"""anyio's limit of threads, which the server's handlers run in."""
+TIDY = 1.0
+"""Seconds between two looks for claims that have expired; they live for minutes."""
+
+
+class SparingLinkState(SqlLinkState):
+    """Flower's state; it answers the same, and writes less."""
+
+    _tidied = 0.0
+
+    def initialize(self, log_queries: bool = False, **engine: Any) -> list[str]:
+        """Open the database."""
+        tables: list[str] = super().initialize(log_queries, **({"pool_size": THREADS} | engine))
+        return tables
+
+    def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
+        """Messages that wait for a node; each is given out once."""
+        waits = select(MessageIns.message_id).where(
+            MessageIns.dst_node_id == uint64_to_int64(node_id), MessageIns.delivered_at == ""
+        )
+        with self.session() as session:
+            if session.execute(waits.limit(1)).first() is None:
+                return []
+        found: list[Message] = super().get_message_ins(node_id, limit, run_id=run_id)
+        return found
+
+    def _cleanup_expired_task_tokens(self) -> None:
+        if time.monotonic() - self._tidied >= TIDY:
+            self._tidied = time.monotonic()
+            super()._cleanup_expired_task_tokens()
+
+
+def use() -> None:
+    """From here on a SuperLink in this process keeps its state so."""
+    factory.SqlLinkState = SparingLinkState  # type: ignore[misc]
