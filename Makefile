@@ -21,7 +21,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
+.PHONY: help demo test test-long faults test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -35,7 +35,10 @@ test: $(READY) ## unit tests and whole federations on this machine (about 15 min
 	    -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m long --durations=10 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
+
+faults: $(READY) ## kill -9 at every single transition of coordinator, link and worker (25 minutes); figures in build/faults.json
+	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py $(PYTEST_ARGS)
 
 test-browser: $(READY) ## reports and the web page in a real browser (needs Chromium: apt-get install chromium)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m browser --durations=10 $(PYTEST_ARGS)

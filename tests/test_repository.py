@@ -211,6 +211,17 @@ def test_the_tests_that_show_nnunets_breadth_exist() -> None:
         assert f"\ndef {test}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
+def test_the_documentation_builds_as_a_site_without_a_warning(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "-E", "-d", tmp_path / "trees", "-b", "html", ROOT / "docs"]
+    done = subprocess.run([*build, tmp_path / "site"], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "how-to" / "run-a-study.html").read_text(encoding="utf-8")
+    assert "study-watch.svg" in page
+    assert "http-equiv" not in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    fetched = re.findall(r'(?:src|href)="(https?://[^"]+)"[^>]*(?:rel="stylesheet"|></script>)', page)
+    assert not fetched, "the site is read without a network"
+
+
 def test_the_documentation_has_its_four_parts() -> None:
     for part in FOUR_PARTS:
         assert list((ROOT / "docs" / part).glob("*.md")), part

@@ -56,6 +56,7 @@ def slim(app: Any, event_logs: bool) -> None:
     event_logs : bool
         Whether there is a plugin that writes them.
     """
+    only: Any = _Only
     found = []
     for each in app.user_middleware:
         if each.cls in (FleetEventLogMiddleware, ControlEventLogMiddleware) and not event_logs:
@@ -63,5 +64,5 @@ def slim(app: Any, event_logs: bool) -> None:
         if each.cls is RuntimeTracingMiddleware and os.getenv("FLWR_TRACING_ENABLED") != "1":
             continue
         prefix = _OWN.get(each.cls)
-        found.append(Middleware(_Only, each.cls, prefix, *each.args, **each.kwargs) if prefix else each)
+        found.append(Middleware(only, each.cls, prefix, *each.args, **each.kwargs) if prefix else each)
     app.user_middleware = found
