@@ -7,8 +7,6 @@ real TLS, Flower's real Fleet API. Neither trains anything.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import sys
 import threading
 import time
@@ -256,35 +254,3 @@ class LightClient(threading.Thread):
         """Answer nothing more."""
         self._stopped.set()
         self.join(30)
-
-
-class CountingProxy:
-    """A TCP proxy on loopback that counts the bytes of both directions, as they go over the socket (TLS included)."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self.up = self.down = 0
-        self.port = 0
-        self._ready = threading.Event()
-        threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True, name="proxy").start()
-        self._ready.wait()
-
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=2**20)
-        self.port = server.sockets[0].getsockname()[1]
-        self._ready.set()
-        await server.serve_forever()
-
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=2**20)
-            await asyncio.gather(self._copy(reader, far_writer, "up"), self._copy(far_reader, writer, "down"))
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**18):
-                setattr(self, direction, getattr(self, direction) + len(data))
-                writer.write(data)
-                await writer.drain()
-        with contextlib.suppress(OSError):
-            writer.close()

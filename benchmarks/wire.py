@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from light_site import CountingProxy, LightSite
+from light_site import LightSite
+from line import Line
 
 from federation.study import Study, parse
 from orchestrator.admin.simulate import Simulation, SiteOptions
@@ -37,13 +38,13 @@ ORIGINAL = 604e6
 class Counted(Simulation):
     """A simulation whose first site is reached through the counting proxy."""
 
-    proxy: CountingProxy | None = None
+    proxy: Line | None = None
 
     def address(self, name: str, fleet_port: int) -> str:
         """The proxy for the first site."""
         if name != sorted(self.sites)[0]:
             return super().address(name, fleet_port)
-        self.proxy = CountingProxy(fleet_port)
+        self.proxy = Line(fleet_port)
         return f"127.0.0.1:{self.proxy.port}"
 
 

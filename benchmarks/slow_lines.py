@@ -1,0 +1,155 @@
+"""A hospital behind a slow line that breaks: does the round end, how long does it take, what is sent twice.
+
+    python benchmarks/slow_lines.py [--megabits 30] [--cut 10] [--output slow_lines.json]
+
+Two light (simulated) sites with real links and supernodes, nnU-Net's default network (124.8 MB each way), one round a
+study, `wire: full`. The first site's connection goes through benchmarks/line.py: so many Mbit/s in each direction, 20
+ms one way; then the same with the line cut in the middle of the download, in the middle of the upload, and held
+(half-open: nothing is forwarded, nothing is closed) in the middle of the upload. What is sent twice is what went over
+the socket beyond the undisturbed round. The floor is the bytes at that bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from light_site import LightSite
+from line import Line
+from wire import large_ct
+
+from orchestrator.admin.simulate import Simulation, SiteOptions
+from orchestrator.history import Tail
+
+MODEL = 124.8e6
+SLOW = "light_a"
+
+
+class Slow(Simulation):
+    """A simulation whose first site is behind a slow line."""
+
+    line: Line | None = None
+    megabits: float = 30.0
+
+    def address(self, name: str, fleet_port: int) -> str:
+        """The line for the first site."""
+        if name != SLOW:
+            return super().address(name, fleet_port)
+        self.line = Line(fleet_port, self.megabits, latency=0.02)
+        return f"127.0.0.1:{self.line.port}"
+
+
+def disturbance(line: Line, kind: str, seconds: float) -> Callable[[], None]:
+    """What happens to the line in the middle of a round's transfer."""
+    up, down = line.up, line.down
+
+    def go() -> None:
+        if kind == "none":
+            return
+        end = time.monotonic() + 1200
+        while (line.down - down if "download" in kind else line.up - up) < MODEL / 2:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.05)
+        (line.hold if "half-open" in kind else line.cut)(seconds)
+
+    return go
+
+
+def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
+    """One study of one round; its bytes and seconds from the task's push to the answer."""
+    study = large_ct(f"line-{kind.replace(' ', '-').replace(',', '')}", ["light_a", "light_b"], 1, "full")
+    line = simulation.line
+    assert line is not None
+    folder, told, ended = simulation.study_folder(study), [], threading.Event()
+    count: dict[str, tuple[int, int]] = {}
+
+    def watch() -> None:
+        tail = Tail(folder / "journal.jsonl")
+        while not ended.is_set():
+            for row in tail.lines():
+                told.append(row)
+                if row["event"] == "weights" and row["round"] == 0:
+                    count["before"] = line.up, line.down
+                    threading.Thread(target=disturbance(line, kind, seconds), daemon=True).start()
+                if row["event"] == "closed":
+                    count["after"] = line.up, line.down
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        simulation.conduct(study, Console(file=io.StringIO()))
+    finally:
+        ended.set()
+        thread.join()
+    (closed,) = [row for row in told if row["event"] == "closed"]
+    assert closed["participants"] == ["light_a", "light_b"], closed
+    asked = sum(row["event"] == "asked" and row["site"] == SLOW and row["key"].startswith("train") for row in told)
+    return {
+        "what": kind,
+        "seconds": closed["seconds"],
+        "up": count["after"][0] - count["before"][0],
+        "down": count["after"][1] - count["before"][1],
+        "asked": asked,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabits", type=float, default=30.0)
+    parser.add_argument("--cut", type=float, default=10.0, help="Seconds without the line.")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        (Path(name) / "data").mkdir()
+        simulation = Slow(
+            Path(name) / "state",
+            {site: Path(name) / "data" for site in ("light_a", "light_b")},
+            SiteOptions(role="link"),
+        )
+        simulation.megabits = arguments.megabits
+        with simulation.running():
+            light = [LightSite(simulation.state / "sites" / site / "state") for site in simulation.sites]
+            for site in light:
+                site.start()
+            for kind in ("none", "cut in the download", "cut in the upload", "half-open in the upload"):
+                rows.append(one_round(simulation, kind, arguments.cut))
+                print(json.dumps(rows[-1]), flush=True)
+            for site in light:
+                site.stop()
+    floor = 2 * MODEL * 8e-6 / arguments.megabits
+    calm = rows[0]
+    table = Table(title=f"{arguments.megabits:g} Mbit/s, the line away for {arguments.cut:g} s; floor {floor:.0f} s")
+    for column in ("", "s", "to the site MB", "from the site MB", "sent twice MB", "times asked"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        row["twice"] = max(0, row["up"] + row["down"] - calm["up"] - calm["down"])
+        table.add_row(
+            row["what"],
+            f"{row['seconds']:.1f}",
+            *(f"{row[key] / 1e6:.1f}" for key in ("down", "up", "twice")),
+            str(row["asked"]),
+        )
+    Console(width=110).print(table)
+    if arguments.output:
+        record = {"megabits": arguments.megabits, "cut_seconds": arguments.cut, "floor_seconds": floor, "rows": rows}
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

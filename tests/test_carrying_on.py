@@ -1,0 +1,84 @@
+"""What a coordinator that was killed finds at its next start: which studies go on, and which runs begin and end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from commands import phantom_study
+from journals import Written
+
+from federation.flower import clients
+from federation.flower.clients import UnderWay
+from federation.flower.supernode import PATIENCE, SLOWEST, pause
+from federation.study import parse
+from orchestrator import coordinator, selftest
+from orchestrator.coordinator import CoordinatorSettings
+
+
+class Control:
+    """Flower's control listener: says which runs are under way, and writes down what is asked of it."""
+
+    def __init__(self, *runs: UnderWay) -> None:
+        self._runs = list(runs)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def under_way(self) -> list[UnderWay]:
+        return self._runs
+
+    def start(self, study_json: str, submission: str | None = None) -> int:
+        self.calls.append(("start", study_json, submission))
+        return 99
+
+    def stop(self, run_id: int) -> None:
+        self.calls.append(("stop", run_id))
+
+
+def carried_on(state: Path, *runs: UnderWay) -> list[tuple[Any, ...]]:
+    """What a coordinator asks of Flower at its start."""
+
+    class Settings:
+        studies = state / "studies"
+
+    control = Control(*runs)
+    coordinator._carry_on(cast(CoordinatorSettings, Settings()), cast(clients.Control, control))
+    return control.calls
+
+
+def test_a_study_without_a_first_line_goes_on_as_the_same_submission_before_its_old_run_ends(tmp_path: Path) -> None:
+    study = parse(phantom_study(["north", "south"]))
+    calls = carried_on(tmp_path, UnderWay(7, study.model_dump_json(), "once"))
+    assert calls == [("start", study.model_dump_json(), "once"), ("stop", 7)]
+
+
+def test_a_study_that_was_cut_off_goes_on_once_whatever_runs_are_left_of_it(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    written.write("opened", run=7, submission="once")
+    text = written.study.model_dump_json()
+    calls = carried_on(tmp_path, UnderWay(7, text, "once"), UnderWay(8, text, "twice"))
+    assert [call[0] for call in calls] == ["start", "stop", "stop"]
+
+
+def test_what_has_ended_is_only_put_away_and_a_failed_study_that_was_submitted_again_is_tried(tmp_path: Path) -> None:
+    done = Written(tmp_path, name="done")
+    done.to_the_end()
+    failed = Written(tmp_path, name="failed")
+    failed.write("opened", run=1, submission="first")
+    failed.write("failed", number=503, reason="FNU-503", advice="")
+    assert carried_on(tmp_path, UnderWay(3, done.study.model_dump_json(), "x")) == [("stop", 3)]
+    assert carried_on(tmp_path, UnderWay(4, failed.study.model_dump_json(), "first")) == [("stop", 4)]
+    again = carried_on(tmp_path, UnderWay(5, failed.study.model_dump_json(), "second"))
+    assert [call[0] for call in again] == ["start", "stop"]
+
+
+def test_a_self_test_goes_on_and_what_cannot_be_read_is_put_away(tmp_path: Path) -> None:
+    assert carried_on(tmp_path, UnderWay(1, selftest.STUDY, "s"))[0] == ("start", selftest.STUDY, "s")
+    assert carried_on(tmp_path, UnderWay(2, "{}", "s")) == [("stop", 2)]
+    assert carried_on(tmp_path) == []
+
+
+def test_who_has_waited_for_long_looks_less_often_and_never_much_too_late() -> None:
+    assert pause(0.5, 0.0) == 0.5
+    assert pause(0.5, 100.0) == PATIENCE * 100.0
+    assert pause(0.5, 1e6) == SLOWEST
+    assert pause(10.0, 1e6) == SLOWEST
