@@ -54,7 +54,7 @@ CONTENTS = {
         f"explanation/{name}"
         for name in (
             *("what-leaves-a-hospital", "threat-model", "ffe", "asymfedavg", "aggregation", "wire-and-journal"),
-            "architecture",
+            *("architecture", "scaling"),
         )
     ],
 }
