@@ -462,7 +462,7 @@ NAN = np.full((5,), np.nan, np.float32)
         (perturbed(extra=np.zeros((5,), np.float32)), {}, "unknown"),
         ({"conv.bias": model(0)["conv.bias"]}, {}, "missing"),
         (perturbed(), {"cases": 13}, "declared"),
-        (perturbed(), {"cases": 10**12}, "declared"),
+        (perturbed(), {"cases": 10**6}, "declared"),
         (perturbed(), {"plans_sha256": "cd" * 32}, "other plans"),
         (perturbed(), {"epochs": 2, **{key: [0.1, 0.1] for key in LISTS}, "pseudo_dice": [[0.5], [0.5]]}, "epochs"),
     ],
@@ -476,10 +476,12 @@ def test_an_update_that_may_not_count_is_refused_with_its_reason(
     assert caught.value.code is Code.UPDATE_REFUSED
 
 
-def test_cases_of_zero_or_less_cannot_even_be_said(tmp_path: Path) -> None:
+def test_cases_of_zero_or_less_or_beyond_all_reason_cannot_even_be_said(tmp_path: Path) -> None:
     for cases in (0, -1):
         with pytest.raises(ValueError, match="greater than or equal to 1"):
             answered(tmp_path, perturbed(), cases=cases)
+    with pytest.raises(ValueError, match="less than or equal to 1000000"):
+        answered(tmp_path, perturbed(), cases=10**12)
 
 
 def test_another_rounds_or_another_sites_answer_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ simulated (tests/in_process.py).
 
 from __future__ import annotations
 
+import os
 import shutil
-import zipfile
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +83,26 @@ def cases_of(data: Path) -> set[str]:
     return {path.name.removesuffix(".nii.gz") for path in (data / "labelsTr").iterdir()}
 
 
+def nnunet(program: str, results: Path, *arguments: object) -> None:
+    """One of nnU-Net's own commands, with the models below `results`."""
+    folders = {
+        "nnUNet_results": results,
+        "nnUNet_raw": results / "raw",
+        "nnUNet_preprocessed": results / "preprocessed",
+    }
+    subprocess.run(
+        [str(Path(sys.executable).with_name(program)), *map(str, arguments)],
+        env=os.environ | {name: str(path) for name, path in folders.items()},
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
 def install(outcome: Outcome, folder: Path) -> Path:
-    with zipfile.ZipFile(outcome.zip) as content:
-        content.extractall(folder)
+    """The exported model, as nnU-Net's own command unpacks it; its folder."""
+    folder.mkdir(exist_ok=True)
+    nnunet("nnUNetv2_install_pretrained_model_from_zip", folder, outcome.zip)
     (model,) = folder.glob(f"Dataset*/*{outcome.study.configuration}")
     return model
 
@@ -96,15 +115,14 @@ def input_channels(model: Path) -> int:
 
 
 def predict(model: Path, images: Path, out: Path, folds: tuple[str, ...], previous: Path | None = None) -> Path:
-    """nnU-Net's own predictor as it comes."""
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), folds)
-    out.mkdir()
-    predictor.predict_from_files_sequential(
-        str(images), str(out), folder_with_segs_from_prev_stage=str(previous) if previous else None
+    """nnU-Net's own command as it comes."""
+    _, plans, configuration = model.name.split("__")
+    stage = ["-prev_stage_predictions", previous] if previous else []
+    nnunet(
+        "nnUNetv2_predict",
+        model.parents[1],
+        *("-d", model.parent.name, "-i", images, "-o", out, "-c", configuration, "-p", plans, "-f", *folds),
+        *("-npp", 1, "-nps", 1, "-device", "cpu", *stage),
     )
     return out
 

@@ -1301,6 +1301,8 @@ def test_every_command_and_option_in_the_document_exists() -> None:
     seen = set()
     for line in [*lines, *re.findall(r"`((?:fednnunet|appliance|orchestrator) [^`]+)`", text)]:
         name, *words = line.split()
+        if name not in programs:  # ssh-keygen
+            continue
         at: Any = programs[name]
         path = [name]
         while getattr(at, "commands", None) and words and words[0] in at.commands:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from commands import FEDNNUNET, Done, begin, end, fednnunet, good, phantom_study, refused, wait_for, write_study
+from documents import Page, Person
 
 from federation.audit import read
 
@@ -118,6 +119,22 @@ def test_train_with_half_wire_ends_in_one_native_model(desk: Desk, trained: Done
     ]
     assert len(answered) == 6
     assert max(answered) < 0.65 * max(sent), "an answer is a float16 difference, the first weights are float32"
+
+
+def test_the_model_is_installed_and_predicts_as_getting_started_says(desk: Desk, trained: Done, tmp_path: Path) -> None:
+    """The page's own lines, with the names that the study printed."""
+    path = re.search(r"^model: (.*\.zip) \(", trained.out, re.MULTILINE)
+    assert path
+    person = Person(tmp_path, {
+        "PATH_OF_THE_ZIP": path[1],
+        "DATASET": "Dataset301_Phantom",
+        "PLANS": "nnUNetSmallPlans",
+        "IMAGES": str(desk.raw / "Dataset301_Phantom" / "imagesTs"),
+        "PREDICTIONS": "predictions",
+    })  # fmt: skip
+    person.reads(Page.of("getting-started/one-machine.md"), "3. Use the model")
+    person.stops()
+    assert len(list((tmp_path / "predictions").glob("phantom_*.nii.gz"))) == 2
 
 
 def test_a_second_start_of_a_finished_study_says_so_at_once_and_starts_nothing(desk: Desk, trained: Done) -> None:
