@@ -108,7 +108,10 @@ class Run:
         """Send a task to a site; returns the id under which its answer is fetched."""
         with self._guarded():
             message = Message(content(body, weights), node.node_id, MessageType.TRAIN, group_id=group, ttl=ttl)
-            return self._transfer.push(message)
+            try:
+                return self._transfer.push(message)
+            except Unavailable as error:  # the study goes on in another run
+                raise RunLost from error
 
     def ready(self, message_ids: list[str]) -> list[Ready]:
         """Answers that wait for us; each is handed out once and must be taken."""

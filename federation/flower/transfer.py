@@ -48,6 +48,8 @@ from federation.files import replacing
 STYPE = "safetensors"
 MAX_BODY = 64 * 2**20
 _AT_A_TIME = 2
+TRIES = 4
+"""How often a part is pushed: a SuperLink whose database is locked for too long says no, and then yes."""
 
 
 class _FileChunk(ArrayChunk):
@@ -142,7 +144,7 @@ class Transfer:
         self._client, self._node, self._run_id, self._back_off = client, Node(node_id=node_id), run_id, back_off
 
     def push(self, message: Message) -> str:
-        """Send one message; returns its id."""
+        """Send one message; returns its id. Raises `Unavailable` when a part of it is refused again and again."""
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
             objects: dict[str, InflatableObject] = get_all_nested_objects(message)
@@ -155,17 +157,20 @@ class Transfer:
             wanted = set(response.objects_to_push)
 
             def send(object_id: str) -> None:
-                answer = self._client.PushObject(
-                    PushObjectRequest(
-                        node=self._node,
-                        run_id=self._run_id,
-                        object_id=object_id,
-                        object_content=objects[object_id].deflate(),
-                        session_id=response.session_id,
+                for again in range(TRIES):
+                    answer = self._client.PushObject(
+                        PushObjectRequest(
+                            node=self._node,
+                            run_id=self._run_id,
+                            object_id=object_id,
+                            object_content=objects[object_id].deflate(),
+                            session_id=response.session_id,
+                        )
                     )
-                )
-                if not answer.stored:
-                    raise Unavailable(f"object {object_id[:12]} was not stored")
+                    if answer.stored:
+                        return
+                    time.sleep(self._back_off * 4**again)
+                raise Unavailable(f"object {object_id[:12]} was not stored")
 
             _each([object_id for object_id in objects if object_id in wanted], send)
         message_id: str = message.metadata.message_id
