@@ -8,6 +8,7 @@ which have no transitions of ours, are killed at random times from outside.
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import os
@@ -139,7 +140,8 @@ def test_superlink_and_supernode_killed_at_random_times(
                     [("orchestrator superlink", ""), ("appliance.link supernode", "hospital_a")]
                 )
                 process = federation.process(command, site)
-                os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
                 died = time.monotonic()
                 while federation.process(command, site).pid == process.pid and not over.is_set():
                     time.sleep(0.05)

@@ -6,6 +6,7 @@ process while round 2 is being trained. Training is seeded and has one thread, s
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -88,7 +89,11 @@ class Federation:
                 alive = process.info["status"] != psutil.STATUS_ZOMBIE
                 if alive and f"-m {command} " in line and str(self.simulation.state) in line and site in line:
                     found[process.pid] = process
-            tops = [process for process in found.values() if process.ppid() not in found]
+            tops = []
+            for process in found.values():
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just died
+                    if process.ppid() not in found:
+                        tops.append(process)
             if len(tops) == 1:
                 return tops[0]
             assert time.monotonic() < end, f"{command} {site}: {tops}"
