@@ -315,7 +315,7 @@ def test_enroll_watch_stop_back_up_and_restore_as_the_pages_say(distance: Distan
     rounds(distance, 12)
     good(distance.asks("study", "stop", "liver-2026"))
     coordinator.reads(watch, "The report")
-    coordinator.reads(watch, "TensorBoard, MLflow", also={" --follow": ""})
+    coordinator.reads(watch, "TensorBoard, MLflow")
     assert (coordinator.folder / "liver-2026" / "SHA256SUMS").exists()
     assert operate.left() == []
     for hospital in hospitals.values():
