@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,16 @@ class Parcel:
         """The weights file, or None."""
         path = self.folder / WEIGHTS
         return path if path.exists() else None
+
+
+def unanswered(root: Path) -> Iterator[Path]:
+    """The bodies of tasks below a spool that have no answer and are not cancelled, in no order."""
+    for body in (root / "inbox").glob("*/*/task.json"):
+        folder = body.parent
+        if folder.name.startswith(".") or (folder / "cancel").exists():
+            continue
+        if not (root / "outbox" / folder.parent.name / folder.name / "result.json").exists():
+            yield body
 
 
 class Spool:
@@ -116,13 +127,9 @@ class Spool:
     def waiting(self) -> list[tasks.Task]:
         """Tasks without an answer that are not cancelled, oldest first."""
         found = []
-        for body in self.inbox.glob("*/*/task.json"):
-            folder = body.parent
-            if folder.name.startswith(".") or (folder / "cancel").exists():
-                continue
-            if not (self.outbox / folder.parent.name / folder.name / "result.json").exists():
-                with contextlib.suppress(FileNotFoundError):
-                    found.append((body.stat().st_mtime_ns, tasks.parse_task(body.read_bytes())))
+        for body in unanswered(self.root):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((body.stat().st_mtime_ns, tasks.parse_task(body.read_bytes())))
         return [task for _, task in sorted(found, key=lambda item: (item[0], item[1].key))]
 
     def take_release(self) -> bool:

@@ -26,20 +26,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from light_site import LightClient
+from wire import memory
 
 from appliance import identity
+from federation.audit import Tail
 from federation.readable import moment
 from federation.study import Study, parse
 from orchestrator.admin.simulate import Simulation, SiteOptions
 from orchestrator.enrollment.authority import Authority
 from orchestrator.enrollment.ceremony import let_in
-from orchestrator.history import History, Tail
+from orchestrator.history import History
 
 MODEL = {"default": 124.8e6, "small": 0.17e6}
 CT = {"dataset": "Dataset900_LargeCT", "channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
@@ -56,28 +57,17 @@ class Orchestrator(Simulation):
 
 
 class Watch(threading.Thread):
-    """Peak memory of the orchestrator's processes, and the most disk that its state takes."""
+    """The most disk that the orchestrator's state takes."""
 
     def __init__(self, state: Path) -> None:
         super().__init__(daemon=True)
         self._state, self._over = state, threading.Event()
-        self.memory: dict[str, float] = {}
         self.disk = 0.0
 
     def run(self) -> None:
         """Look until stopped."""
         while not self._over.wait(0.5):
             self.disk = max(self.disk, used(self._state))
-            for process in psutil.process_iter(["cmdline"]):
-                line = " ".join(process.info["cmdline"] or [])
-                for kind in ("coordinator", "superlink"):
-                    if f"-m orchestrator {kind}" in line and str(self._state) in line:
-                        try:
-                            status = Path(f"/proc/{process.pid}/status").read_text()
-                        except OSError:
-                            continue
-                        peak = next((row for row in status.splitlines() if row.startswith("VmHWM")), "0 0")
-                        self.memory[kind] = max(self.memory.get(kind, 0.0), int(peak.split()[1]) * 1024 / 1e6)
 
     def stop(self) -> None:
         """Look no more."""
@@ -148,7 +138,7 @@ def measure(count: int, network: str, rounds: int, poll: float) -> dict[str, Any
                 watch.stop()
                 for one in sites:
                     one.stop()
-            stays = used(orchestrator.orchestrator)
+            stays, peaks = used(orchestrator.orchestrator), memory(orchestrator)
         if history.ended != "done":
             raise SystemExit(f"{count} sites: {history.ended}: {history.reason}")
         exchange = statistics.median(one.seconds for one in history.rounds)
@@ -164,8 +154,8 @@ def measure(count: int, network: str, rounds: int, poll: float) -> dict[str, Any
             "asking_seconds": round(statistics.median(max(times) - min(times) for times in asked.values()), 2),
             "aggregate_seconds": round(aggregate, 2),
             "megabytes_per_second": round(2 * count * MODEL[network] / 1e6 / exchange, 1),
-            "coordinator_megabytes": round(watch.memory.get("coordinator", 0.0)),
-            "superlink_megabytes": round(watch.memory.get("superlink", 0.0)),
+            "coordinator_megabytes": round(peaks["coordinator"]),
+            "superlink_megabytes": round(peaks["SuperLink"]),
             "disk_megabytes_most": round(watch.disk),
             "disk_megabytes_after": round(stays),
             "journal_lines": history.lines,

@@ -12,7 +12,6 @@ the socket beyond the undisturbed round. The floor is the bytes at that bandwidt
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import tempfile
@@ -28,10 +27,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from light_site import LightSite
 from line import Line
-from wire import large_ct
+from wire import conduct, large_ct
 
 from orchestrator.admin.simulate import Simulation, SiteOptions
-from orchestrator.history import Tail
 
 MODEL = 124.8e6
 SLOW = "light_a"
@@ -73,28 +71,18 @@ def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
     study = large_ct(f"line-{kind.replace(' ', '-').replace(',', '')}", ["light_a", "light_b"], 1, "full")
     line = simulation.line
     assert line is not None
-    folder, told, ended = simulation.study_folder(study), [], threading.Event()
+    told: list[dict[str, Any]] = []
     count: dict[str, tuple[int, int]] = {}
 
-    def watch() -> None:
-        tail = Tail(folder / "journal.jsonl")
-        while not ended.is_set():
-            for row in tail.lines():
-                told.append(row)
-                if row["event"] == "weights" and row["round"] == 0:
-                    count["before"] = line.up, line.down
-                    threading.Thread(target=disturbance(line, kind, seconds), daemon=True).start()
-                if row["event"] == "closed":
-                    count["after"] = line.up, line.down
-            time.sleep(0.05)
+    def note(row: dict[str, Any]) -> None:
+        told.append(row)
+        if row["event"] == "weights" and row["round"] == 0:
+            count["before"] = line.up, line.down
+            threading.Thread(target=disturbance(line, kind, seconds), daemon=True).start()
+        if row["event"] == "closed":
+            count["after"] = line.up, line.down
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        simulation.conduct(study, Console(file=io.StringIO()))
-    finally:
-        ended.set()
-        thread.join()
+    conduct(simulation, study, note)
     (closed,) = [row for row in told if row["event"] == "closed"]
     assert closed["participants"] == ["light_a", "light_b"], closed
     asked = sum(row["event"] == "asked" and row["site"] == SLOW and row["key"].startswith("train") for row in told)

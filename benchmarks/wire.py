@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from light_site import LightSite
 from line import Line
 
+from federation.audit import Tail
 from federation.study import Study, parse
 from orchestrator.admin.simulate import Simulation, SiteOptions
-from orchestrator.history import Tail
 
 ORIGINAL = 604e6
 
@@ -65,40 +66,45 @@ def large_ct(name: str, sites: list[str], rounds: int, wire: str) -> Study:
     )
 
 
-def rounds_of(simulation: Counted, study: Study) -> list[dict[str, Any]]:
-    """Run a study and note the proxy's counts whenever a round is closed."""
-    counts: list[dict[str, Any]] = []
+def conduct(simulation: Simulation, study: Study, take: Callable[[dict[str, Any]], None]) -> None:
+    """Run a study to its end; `take` sees each line of its journal soon after it was written."""
     ended = threading.Event()
 
-    def note() -> None:
+    def follow() -> None:
         tail = Tail(simulation.study_folder(study) / "journal.jsonl")
-        before: tuple[int, int] | None = None
         while not ended.is_set():
             for line in tail.lines():
-                proxy = simulation.proxy
-                assert proxy is not None
-                if line["event"] == "weights" and line["round"] == 0:
-                    before = (proxy.up, proxy.down)
-                if line["event"] == "closed" and before is not None:
-                    up, down = proxy.up, proxy.down
-                    counts.append(
-                        {
-                            "round": line["round"],
-                            "up": up - before[0],
-                            "down": down - before[1],
-                            "seconds": line["seconds"],
-                        }
-                    )
-                    before = (up, down)
+                take(line)
             time.sleep(0.02)
 
-    thread = threading.Thread(target=note)
+    thread = threading.Thread(target=follow)
     thread.start()
     try:
         simulation.conduct(study, Console(file=io.StringIO()))
     finally:
         ended.set()
         thread.join()
+
+
+def rounds_of(simulation: Counted, study: Study) -> list[dict[str, Any]]:
+    """Run a study and note the proxy's counts whenever a round is closed."""
+    counts: list[dict[str, Any]] = []
+    before: tuple[int, int] | None = None
+
+    def note(line: dict[str, Any]) -> None:
+        nonlocal before
+        proxy = simulation.proxy
+        assert proxy is not None
+        if line["event"] == "weights" and line["round"] == 0:
+            before = (proxy.up, proxy.down)
+        if line["event"] == "closed" and before is not None:
+            up, down = proxy.up, proxy.down
+            counts.append(
+                {"round": line["round"], "up": up - before[0], "down": down - before[1], "seconds": line["seconds"]}
+            )
+            before = (up, down)
+
+    conduct(simulation, study, note)
     return counts
 
 

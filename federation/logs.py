@@ -34,7 +34,7 @@ Format = Literal["rich", "json"]
 LIMIT = 20 * 2**20
 _LINE = re.compile(
     r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+)"
-    r"(?: \{((?:[a-z]+=[^ {}]+ ?)+)\})?: (.*)",
+    r"(?: \{([a-z]+=[^ {}]+(?: [a-z]+=[^ {}]+)*)\})?: (.*)",
     re.DOTALL,
 )
 _subject: contextvars.ContextVar[Mapping[str, str | int]] = contextvars.ContextVar("subject")

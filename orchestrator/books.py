@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from federation.audit import Tail
 from federation.study import Study
-from orchestrator.history import History, Tail
+from orchestrator.history import History
 from orchestrator.registered import online_until
 
 

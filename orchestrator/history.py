@@ -9,13 +9,13 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from federation.audit import Tail
 from federation.errors import Code, FednnunetError
 from federation.readable import moment
 from federation.study import Study
@@ -32,6 +32,8 @@ PHASES = (
     "comparing",
     "exporting",
 )
+REPORT = "report.html"
+"""A study's report, in its folder at the orchestrator."""
 MOST_WARNINGS = 200
 MOST_NAMED = 8
 
@@ -300,28 +302,6 @@ class History:
                 if epoch.fold == fold and value is not None:
                     found.setdefault(epoch.epoch, []).append(value)
         return [(number, sum(values) / len(values)) for number, values in sorted(found.items())]
-
-
-class Tail:
-    """Reads the lines that are added to a journal by another process; a line that is half written waits."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._position = path, 0
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Whole lines added since the last call."""
-        if not self.path.exists():
-            return []
-        with open(self.path, "rb") as stream:
-            stream.seek(self._position)
-            data = stream.read()
-        whole = data.rfind(b"\n") + 1
-        self._position += whole
-        found = []
-        for line in data[:whole].splitlines():
-            with contextlib.suppress(ValueError):  # damage is told by whoever verifies the chain (federation.audit)
-                found.append(json.loads(line))
-        return found
 
 
 def so_far(study: Study, folder: Path) -> tuple[History, Tail]:

@@ -10,22 +10,17 @@ Rules:
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from federation.errors import Code, FednnunetError
 from federation.readable import moment
 from orchestrator.books import Books
 from orchestrator.registered import online_until
-
-log = logging.getLogger("fednnunet.metrics")
 
 
 class Journals(Collector):
@@ -121,14 +116,3 @@ class Journals(Collector):
         info = GaugeMetricFamily("fednnunet_info", "1 for the version that runs.", labels=["version"])
         info.add_metric([version("fednnunet")], 1)
         yield info
-
-
-def serve(state: Path, database: Path, host: str, port: int) -> None:
-    """Serve /metrics until the process ends; raises FNU-701 when nothing can listen there."""
-    REGISTRY.register(Journals(state, database))
-    try:
-        _, thread = start_http_server(port, host)
-    except OSError as error:
-        raise FednnunetError(Code.PORT_IN_USE, f"{host}:{port}: {error.strerror}") from error
-    log.info("metrics at http://%s:%d/metrics, version %s", host, port, version("fednnunet"))
-    thread.join()

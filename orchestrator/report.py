@@ -22,9 +22,8 @@ from federation.report.figures import Curves, Score, bars, curves, participation
 from federation.report.page import Facts, Figure, Folded, Page, Section, Table, Text, render
 from federation.report.parts import by_axis, intensities, medians, plan_facts
 from federation.tasks import Validation
-from orchestrator.history import History, load
+from orchestrator.history import REPORT, History, load
 
-FILE = "report.html"
 MOST_ROWS = 400
 CURVES = {
     "train_loss": "training loss",
@@ -43,7 +42,7 @@ def write(folder: Path, output: Path | None = None) -> Path:
     output : Path, optional
         The file; `report.html` in the folder.
     """
-    target = output or folder / FILE
+    target = output or folder / REPORT
     files.write_bytes(target, render(report(load(folder), folder)).encode())
     return target
 

@@ -157,6 +157,7 @@ def coordinator(server: Server) -> None:
 
 def metrics(server: Server) -> None:
     """Serve metrics."""
-    from orchestrator.metrics import serve
+    from federation import scraping
+    from orchestrator.metrics import Journals
 
-    serve(server.state, server.database, server.metrics_host, server.metrics_port)
+    scraping.serve(Journals(server.state, server.database), server.metrics_host, server.metrics_port)

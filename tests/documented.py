@@ -24,7 +24,6 @@ GROUPS = {  # programs whose subcommands have subcommands
     "fednnunet": {"federation", "site", "study", "simulate", "image", "predict", "audit"},
     "appliance": {"ledger", "config"},
     "orchestrator": set(),
-    "docker": {"compose"},
 }
 NOT_HERE = {
     "kubectl": "no cluster: the charts' pods are run by tests/kubelet.py, and what stands after -- is looked for",
@@ -83,7 +82,7 @@ def call(words: list[str]) -> Iterator[Call]:
 
 def _call(program: str, rest: list[str]) -> Call:
     names, options = [program], []
-    deepest = 1 if program in (*GROUPS, "helm", "openssl", "kubectl", "podman") else 0
+    deepest = 1 if program in (*GROUPS, "docker", "helm", "openssl", "kubectl", "podman") else 0
     if program == "docker" and rest[:1] == ["compose"]:  # its own words alone: what stands after is a service's
         verb = next((word for word in rest if word in ("up", "exec", "down", "config", "logs", "ps")), "")
         return Call(f"docker compose {verb}", frozenset(), shlex.join([program, *rest]))

@@ -13,9 +13,10 @@ from journals import SITES, Written
 from rich.console import Console
 
 from federation import files
+from federation.audit import Tail
 from orchestrator.admin.overview import ABSENT, PRESENT
 from orchestrator.admin.progress import plain, screen, sparkline
-from orchestrator.history import History, Tail, load
+from orchestrator.history import History, load
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from journals import Written, training, validation
 from federation.report.page import render
 from federation.study import parse
 from orchestrator import report
-from orchestrator.history import History, load
+from orchestrator.history import REPORT, History, load
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def whole(tmp_path: Path) -> Written:
 
 def test_the_file_needs_nothing_else_and_is_the_same_each_time(tmp_path: Path, whole: Written) -> None:
     good(fednnunet("study", "report", "small", "--state", tmp_path, cwd=tmp_path))
-    first = (whole.folder / report.FILE).read_bytes()
+    first = (whole.folder / REPORT).read_bytes()
     text = first.decode()
     links = set(re.findall(r"https?://[^\s\"'<]+", text))
     assert {link for link in links if "www.w3.org" not in link} == set(), "names of SVG's formats alone"

@@ -18,14 +18,17 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--runtime-port", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.role != "metrics" and not arguments.runtime_port:
+        parser.error("--runtime-port is needed")
     end_with_parent()
     reach_loopback_directly()
     logs.configure()
     settings = site_settings.load(arguments.config)
     if arguments.role == "metrics":
-        from appliance.link import metrics
+        from appliance.link.metrics import Appliance
+        from federation import scraping
 
-        metrics.serve(settings)
+        scraping.serve(Appliance(settings.state), settings.metrics_host, settings.metrics_port)
         return
     os.environ["FLWR_HOME"] = str(settings.state / "link" / "flower")
     from appliance.link import app

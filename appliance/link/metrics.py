@@ -10,24 +10,21 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from appliance.settings import Settings
-from federation import audit, files, tasks
-from federation.errors import Code, FednnunetError
+from appliance.spool import unanswered
+from federation import files, tasks
+from federation.audit import Tail
+from federation.errors import FednnunetError
 from federation.processes import STATUS
 from federation.readable import moment
-
-log = logging.getLogger("fednnunet.metrics")
 
 
 class Appliance(Collector):
@@ -41,24 +38,44 @@ class Appliance(Collector):
 
     def __init__(self, state: Path) -> None:
         self._state = state
+        self._ledger, self._arrivals = (Tail(state / "link" / name) for name in ("ledger.jsonl", "arrivals.jsonl"))
+        self._sums: dict[tuple[str, str], Counter[str]] = {}
+        self._answered: dict[str, float] = {}
+        self._tasks: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
         self._epochs: dict[Path, tuple[int, float, float | None] | None] = {}
+        self._one = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
-        yield from self._left(self._lines("ledger.jsonl"))
-        yield from self._arrived(self._lines("arrivals.jsonl"))
+        with self._one:
+            self._read_on()
+            yield from self._metrics()
+
+    def _read_on(self) -> None:
+        """Add up what came and what left since the last scrape."""
+        for line in self._ledger.lines():
+            if line["event"] == "leaving":
+                study = line["study"][:16]
+                told = self._sums.setdefault((study, line["kind"]), Counter())
+                told["bytes"] += line["body_bytes"] + line["weights_bytes"]
+                told["answers"] += 1
+                told["failures"] += line["failure"] is not None
+                self._answered[study] = moment(line["at"])
+        for line in self._arrivals.lines():
+            if line["event"] == "accepted":
+                self._tasks[line["study"][:16]] += 1
+            elif line["event"] == "refused":
+                self._refused[str(line["number"])] += 1
+
+    def _metrics(self) -> Iterator[Metric]:
+        yield from self._left()
+        yield from self._arrived()
         yield from self._training()
         yield from self._waiting()
         yield from self._processes()
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        try:
-            return audit.read(self._state / "link" / name)
-        except (FednnunetError, OSError):  # `appliance ledger verify` names damage
-            return []
-
-    @staticmethod
-    def _left(lines: list[dict[str, Any]]) -> Iterator[Metric]:
+    def _left(self) -> Iterator[Metric]:
         labels = ["study", "kind"]
         nbytes = CounterMetricFamily("fednnunet_appliance_left_bytes", "Bytes that left the hospital.", labels=labels)
         answers = CounterMetricFamily("fednnunet_appliance_answers", "Answers that left the hospital.", labels=labels)
@@ -66,32 +83,22 @@ class Appliance(Collector):
         last = GaugeMetricFamily(
             "fednnunet_appliance_answered_timestamp_seconds", "Time of a study's last answer.", labels=["study"]
         )
-        sums: dict[tuple[str, str], Counter[str]] = {}
-        times: dict[str, float] = {}
-        for line in lines:
-            if line["event"] == "leaving":
-                told = sums.setdefault((line["study"][:16], line["kind"]), Counter())
-                told["bytes"] += line["body_bytes"] + line["weights_bytes"]
-                told["answers"] += 1
-                told["failures"] += line["failure"] is not None
-                times[line["study"][:16]] = moment(line["at"])
-        for key, told in sorted(sums.items()):
+        for key, told in sorted(self._sums.items()):
             nbytes.add_metric(key, told["bytes"])
             answers.add_metric(key, told["answers"])
             failed.add_metric(key, told["failures"])
-        for study, at in sorted(times.items()):
+        for study, at in sorted(self._answered.items()):
             last.add_metric([study], at)
         yield from (nbytes, answers, failed, last)
 
-    @staticmethod
-    def _arrived(lines: list[dict[str, Any]]) -> Iterator[Metric]:
+    def _arrived(self) -> Iterator[Metric]:
         arrived = CounterMetricFamily("fednnunet_appliance_tasks", "Tasks that were believed.", labels=["study"])
         refused = CounterMetricFamily(
             "fednnunet_appliance_refused", "Tasks that trust or policy refused, by error number.", labels=["number"]
         )
-        for study, times in sorted(Counter(one["study"][:16] for one in lines if one["event"] == "accepted").items()):
+        for study, times in sorted(self._tasks.items()):
             arrived.add_metric([study], times)
-        for number, times in sorted(Counter(str(one["number"]) for one in lines if one["event"] == "refused").items()):
+        for number, times in sorted(self._refused.items()):
             refused.add_metric([number], times)
         yield from (arrived, refused)
 
@@ -121,12 +128,9 @@ class Appliance(Collector):
             "Since when the worker has a task that is not answered.",
             labels=["study", "task"],
         )
-        spool = self._state / "spool"
-        for body in sorted((spool / "inbox").glob("*/*/task.json")):
-            answer = spool / "outbox" / body.parent.parent.name / body.parent.name / "result.json"
-            if not answer.exists() and not (body.parent / "cancel").exists() and body.parent.name[0] != ".":
-                with contextlib.suppress(OSError):
-                    since.add_metric([body.parent.parent.name[:16], body.parent.name], body.stat().st_mtime)
+        for body in sorted(unanswered(self._state / "spool")):
+            with contextlib.suppress(OSError):
+                since.add_metric([body.parent.parent.name[:16], body.parent.name], body.stat().st_mtime)
         yield since
 
     def _processes(self) -> Iterator[Metric]:
@@ -154,15 +158,3 @@ def _last_epoch(path: Path) -> tuple[int, float, float | None] | None:
         return None
     dice = [value for value in result.training.pseudo_dice[-1] if value is not None]
     return result.round, result.training.train_loss[-1], sum(dice) / len(dice) if dice else None
-
-
-def serve(settings: Settings) -> None:
-    """Serve /metrics until the process ends; raises FNU-701 when nothing can listen there."""
-    REGISTRY.register(Appliance(settings.state))
-    host, port = settings.metrics_host, settings.metrics_port
-    try:
-        _, thread = start_http_server(port, host)
-    except OSError as error:
-        raise FednnunetError(Code.PORT_IN_USE, f"{host}:{port}: {error.strerror}") from error
-    log.info("metrics at http://%s:%d/metrics", host, port)
-    thread.join()

@@ -20,12 +20,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from federation.audit import Tail
 from federation.errors import Code, FednnunetError
 from federation.readable import ago, clock, moment, number, size
 from federation.study import CASCADE, LOWRES, Study
 from federation.tasks import Validation
 from orchestrator.admin.layers import layers_table, read_layers, summary
-from orchestrator.history import PHASES, History, Tail, mean
+from orchestrator.history import PHASES, REPORT, History, mean
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKS = 8  # columns of a curve
@@ -233,7 +234,7 @@ def print_end(console: Console, history: History, folder: Path) -> None:
             console.print(f"[yellow]not scored:[/yellow] {site}: {escape(why)}")
     for site, why in history.exported["unfinished"].items():
         console.print(f"[yellow]without the final model:[/yellow] {site}: {escape(why)}")
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {folder / REPORT}", soft_wrap=True)
     archive = folder / history.exported["path"]
     if not history.study.one_model:
         console.print("each site has a model of its own, in its state folder below worker/*/nnUNet_results")

@@ -33,6 +33,7 @@ from typing import Any
 from rich.console import Console
 
 from federation import files
+from federation.audit import Tail
 from federation.console import shown
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, check_room, free_port
@@ -41,7 +42,7 @@ from orchestrator.admin.progress import print_end, raise_failure, report_at_site
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 from orchestrator.enrollment.ceremony import let_in
-from orchestrator.history import History, Tail, so_far
+from orchestrator.history import REPORT, History, so_far
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 120.0
@@ -242,7 +243,7 @@ class Simulation:
     def _await_report(self, study: Study) -> None:
         """The coordinator writes the report once the journal has ended: a simulation must not end it before."""
         assert self.supervisor is not None
-        journal, report = (self.study_folder(study) / name for name in ("journal.jsonl", "report.html"))
+        journal, report = (self.study_folder(study) / name for name in ("journal.jsonl", REPORT))
         end = time.monotonic() + REPORT_TIMEOUT
         while time.monotonic() < end and not (
             report.exists() and report.stat().st_mtime_ns > journal.stat().st_mtime_ns

@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.history import Found, History, Tail
+    from federation.audit import Tail
+    from orchestrator.history import Found, History
 
 app = typer.Typer(help="Write, run and watch studies.", no_args_is_help=True)
 

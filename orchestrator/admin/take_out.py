@@ -18,7 +18,7 @@ import yaml
 from federation import files
 from federation.errors import Code, FednnunetError
 from orchestrator import report
-from orchestrator.history import Found, History, load
+from orchestrator.history import REPORT, Found, History, load
 
 CURVES = ("fold", "round", "epoch", "site", "train_loss", "val_loss", "learning_rate", "mean_pseudo_dice")
 KEPT = ("plan.json", "fingerprint.json", "layers.json", "journal.jsonl")
@@ -30,7 +30,7 @@ def take_out(found: Found, output: Path) -> list[Path]:
         raise FednnunetError(Code.OUTPUT_EXISTS, str(output))
     history = load(found.folder)
     with files.new_directory(output) as folder:
-        report.write(found.folder, folder / report.FILE)
+        report.write(found.folder, folder / REPORT)
         (folder / "curves.csv").write_text(curves(history), encoding="utf-8")
         told = found.study.model_dump(mode="json", exclude_defaults=True)
         (folder / "study.yaml").write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from federation.audit import Tail
 from federation.errors import Code, FednnunetError
 from federation.readable import moment
-from orchestrator.history import Found, History, Tail
+from orchestrator.history import REPORT, Found, History
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 ALL = "all_sites"
-REPORT = "report.html"
 
 
 @dataclass(frozen=True)

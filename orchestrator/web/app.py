@@ -26,7 +26,7 @@ from starlette.routing import Route
 from federation import report
 from federation.readable import ago, clock, number, size, timestamp
 from orchestrator.books import Books, Site
-from orchestrator.history import PHASES, History
+from orchestrator.history import PHASES, REPORT, History
 from orchestrator.web import drawing
 
 ROOT = "/status"
@@ -141,7 +141,7 @@ class Pages:
     def _offered(self, history: History) -> dict[str, Path]:
         """Files of a study that may be fetched, by what they are called in the address."""
         folder = self._books.folder(history)
-        names = {"report.html": "report.html"}
+        names = {REPORT: REPORT}
         if history.exported is not None:
             names["model.zip"] = history.exported["path"]
         return {name: folder / path for name, path in names.items() if (folder / path).is_file()}
@@ -157,7 +157,7 @@ class Pages:
         path = self._offered(history).get(request.path_params["file"])
         if path is None:
             raise HTTPException(404)
-        if path.name == "report.html":  # it brings its own policy
+        if path.name == REPORT:  # it brings its own policy
             return FileResponse(path, media_type="text/html", headers={"Cache-Control": "no-store"})
         return FileResponse(path, filename=path.name, headers=_HEADERS)
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from commands import REPOSITORY
 from rich.console import Console
-from test_mid_round import SITES, Federation, study
+from running import SITES, Federation, study
 
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
