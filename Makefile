@@ -17,6 +17,8 @@ BASE ?= docker
 BASE_IMAGE ?= fednnunet/base:bookworm
 TOOLS_IMAGE ?= fednnunet/tools:bookworm
 SOURCE ?= unknown
+# The files of the tests with a marker: collecting all others takes half a minute.
+marked = $(shell grep -rlE 'mark\.$(1)\b' tests --include='test_*.py')
 IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOURCE)
 export DOCKER BASE_IMAGE
 
@@ -35,19 +37,19 @@ test: $(READY) ## unit tests and whole federations on this machine (about 15 min
 	    -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m long -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 faults: $(READY) ## kill -9 at every single transition of coordinator, link and worker (25 minutes); figures in build/faults.json
 	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py $(PYTEST_ARGS)
 
 test-browser: $(READY) ## reports and the web page in a real browser (needs Chromium: apt-get install chromium)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m browser --durations=10 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,browser) -m browser --durations=10 $(PYTEST_ARGS)
 
 test-containers: $(READY) image helm-tools ## real images, compose federations, pods, bundles (needs a running Docker engine)
-	@$(BIN)/python -m pytest -m containers --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(call marked,containers) -m containers --durations=10 $(PYTEST_ARGS)
 
 test-charts: $(READY) helm-tools ## helm 3 and 4 lint and render, schemas, policies, references (no cluster needed)
-	@$(BIN)/python -m pytest -m charts --durations=10 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(call marked,charts) -m charts --durations=10 $(PYTEST_ARGS)
 
 helm-tools: $(READY) ## fetch helm 3 and 4, kubectl and the checkers into build/helm
 	@PYTHON=$(BIN)/python helm/tools.sh

@@ -134,7 +134,12 @@ class Code(Enum):
         "Server: `fednnunet federation rotate STATE certificate`. CA: plan for new invitations to all sites.",
     )
     SITE_BUSY = (128, "The site takes part in a study that is under way", "Wait until the study has ended.")
-    OUTPUT_EXISTS = (129, "The output folder is there already", "Name a folder that does not exist yet.")
+    OUTPUT_EXISTS = (129, "The output is there already", "Name a file or folder that does not exist yet.")
+    BACKUP_RESTLESS = (
+        132,
+        "A study wrote without a pause and could not be copied",
+        "Try the backup again in a minute.",
+    )
 
     # 140-159: images and the bundles that carry them
     BUNDLE_UNREADABLE = (140, "The file is not an image bundle", "Give a file that `fednnunet image save` wrote.")

@@ -111,6 +111,18 @@ def health(
 
 
 @app.command()
+def backup(
+    state: State,
+    output: Annotated[Path, typer.Option(help="The archive to write, a tar; it must not be there yet.")],
+) -> None:
+    """Archive the state as it is at this moment, while studies run. Keep it safe: it holds the authority's keys."""
+    from orchestrator import backup as backups
+
+    written = backups.write(state.resolve(), output)
+    typer.echo(f"backup: {output}, {written.number} files, {written.size / 1e6:.1f} MB, sha256 {written.sha256}")
+
+
+@app.command()
 def selftest(
     fleet: Annotated[str, typer.Option(help="HOST:PORT at which hospitals reach their listener.")],
     control: Annotated[str, typer.Option(help="HOST:PORT of the control listener.")],

@@ -46,7 +46,8 @@ from orchestrator.aggregation.robust import select
 from orchestrator.aggregation.rules import aggregate
 from orchestrator.aggregation.shared_layers import SharedLayers, check_networks, share
 from orchestrator.enrollment.authority import Authority
-from orchestrator.enrollment.ceremony import put_out_revoked
+from orchestrator.enrollment.ceremony import forgotten, put_out_revoked
+from orchestrator.enrollment.registry import Registry
 from orchestrator.journal import ENDED, Journal, StopRequested, withdraw_stop
 from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
 from orchestrator.signatures import CoordinatorSignatures, Signatures
@@ -693,10 +694,23 @@ def main(settings: CoordinatorSettings) -> None:
         if next_try is not None and time.monotonic() >= next_try:
             try:
                 put_out_revoked(settings.state, control)
+                _register_again(settings.state, control)
                 _carry_on(settings, control)
                 next_try = None
             except clients.HTTPError as error:
                 log.warning("the SuperLink does not answer: %s", str(error).splitlines()[0])
+
+
+def _register_again(state: Path, control: clients.Control) -> None:
+    """A SuperLink with a new database gets to know the sites again; one it refuses is said, and holds up nobody."""
+    registry = Registry(state)
+    with registry.changing():
+        for site in forgotten(registry, control):
+            try:
+                control.register(site.public_key.encode(), site.name)
+                log.info("%s is registered again: the SuperLink did not know it", site.name)
+            except clients.HTTPError as error:
+                log.warning("the SuperLink does not take %s: %s", site.name, str(error).splitlines()[0])
 
 
 def _progress(settings: CoordinatorSettings) -> str:

@@ -141,7 +141,7 @@ def phantom_study(sites: Sequence[str], **changes: Any) -> dict[str, Any]:
         "iterations_per_epoch": 5,
         "validation_iterations_per_epoch": 1,
         "round_deadline": 120,
-        "step_deadline": 120,
+        "step_deadline": 600,
         "appear_deadline": 60,
         **changes,
     }

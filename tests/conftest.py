@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,30 @@ def no_process_left(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
         except psutil.NoSuchProcess:
             continue
     assert not left, "processes left behind:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], Path]]:
+    """Mounts file systems of a few megabytes; skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, megabytes: int) -> Path:
+        folder.mkdir(parents=True)
+        tried = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        if tried.returncode != 0:
+            pytest.skip(f"a small disk cannot be mounted here: {tried.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    try:
+        if os.geteuid() != 0:
+            pytest.skip("a small disk cannot be mounted here: this takes root")
+        yield mount
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=False)

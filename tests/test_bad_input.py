@@ -306,33 +306,6 @@ def test_a_real_broken_file_ends_the_study_with_the_sites_number_and_the_way_to_
 # ---- a full disk -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], Path]]:
-    """Mounts file systems of a few megabytes; skips where that is not allowed."""
-    mounted: list[Path] = []
-
-    def mount(folder: Path, megabytes: int) -> Path:
-        folder.mkdir(parents=True)
-        tried = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        )
-        if tried.returncode != 0:
-            pytest.skip(f"a small disk cannot be mounted here: {tried.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    try:
-        if os.geteuid() != 0:
-            pytest.skip("a small disk cannot be mounted here: this takes root")
-        yield mount
-    finally:
-        for folder in mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
 def fill(disk: Path) -> Path:
     """Take every byte that is left."""
     filler = disk / "filler"

@@ -920,6 +920,16 @@ def test_a_revocation_that_did_not_reach_the_superlink_is_made_good(state: Path)
     assert [node.public_key for node in flower.sites() if node.name == SITE] == [new.decode()]
 
 
+def test_sites_that_a_new_superlink_does_not_know_are_those_that_are_in(state: Path) -> None:
+    flower, keys = FlowerInMemory(), [enrollment._line_of(new_key()).encode() for _ in range(3)]
+    for name, key in zip((SITE, "hospital_b", "hospital_c"), keys, strict=True):
+        ceremony.let_in(state, flower, name, key)
+    ceremony.disconnect(flower, ceremony.revoke(state, "hospital_b"))
+    assert ceremony.forgotten(Registry(state), flower) == []
+    names = [site.name for site in ceremony.forgotten(Registry(state), FlowerInMemory())]
+    assert names == [SITE, "hospital_c"]
+
+
 def test_a_renewal_needs_the_present_key_and_the_new_one(state: Path) -> None:
     flower, present, new, thief = FlowerInMemory(), new_key(), new_key(), new_key()
     ceremony.let_in(state, flower, SITE, enrollment._line_of(present).encode())

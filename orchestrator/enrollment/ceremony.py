@@ -5,7 +5,8 @@ Rules:
 - Everything is checked before anything is changed. Each step can be cut off and the same command repeated.
 - In: Flower first, then the registry, whose word counts for every answer. Out: the registry first, so that a site is
   out at once, also while the orchestrator does not answer.
-- Out, when the orchestrator did not run: the coordinator makes it good when it starts.
+- Out, when the orchestrator did not run: the coordinator makes it good when it starts. It also registers again who is
+  in by the registry and unknown to the SuperLink, whose database is a new one then.
 - Flower never takes a key again that was unregistered, and so neither do we: who was out comes back with a new key.
 """
 
@@ -122,6 +123,12 @@ def put_out_revoked(state: Path, flower: Flower) -> list[str]:
     for name in found:
         disconnect(flower, out[name])
     return found
+
+
+def forgotten(registry: Registry, flower: Flower) -> list[Site]:
+    """Sites that are in by the registry, and of which the SuperLink knows nothing: its database is a new one."""
+    known = {node.public_key for node in flower.sites()}
+    return [site for site in registry.all() if site.state == "approved" and site.public_key not in known]
 
 
 def check_renewal(state: Path, name: str, request: Request) -> None:
