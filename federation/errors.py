@@ -359,6 +359,11 @@ class Code(Enum):
         "Not every image has a prediction",
         "Mend what the reasons name and give the same command again: it does what is missing.",
     )
+    WORKER_DIED = (
+        412,
+        "The worker died at this task again and again",
+        "Mostly memory ran out (the kernel's log says so): give the machine more, or set fewer processes in site.toml.",
+    )
 
     # 5xx: rounds and the journal
     SITE_NEVER_APPEARED = (

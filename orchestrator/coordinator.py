@@ -56,6 +56,9 @@ from orchestrator.workshop import Workshop
 
 log = logging.getLogger("fednnunet.coordinator")
 
+DISK_PAUSE = 5.0
+"""Seconds before a disk that did not take a study's journal is tried again."""
+
 _PHASES = {
     Kind.DESCRIBE: "describing",
     Kind.FINGERPRINT: "fingerprinting",
@@ -564,7 +567,7 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
 
 def _drive(settings: CoordinatorSettings, run: Run, study: Study) -> None:
     folder = settings.studies / study.id
-    journal, shut_down = Journal(folder, study), False
+    journal, shut_down = _open(folder, study, run), False
     try:
         shutil.rmtree(folder / "incoming", ignore_errors=True)
         if journal.state.ended == "done" or run.submission in journal.state.ended_submissions:
@@ -606,6 +609,20 @@ def _drive(settings: CoordinatorSettings, run: Run, study: Study) -> None:
             audit.append(folder / "journal.jsonl", "interrupted", run=run.run_id)
 
 
+def _open(folder: Path, study: Study, run: Run) -> Journal:
+    """A study's journal. While the disk does not take it there is nowhere to say so but the log: it is tried again."""
+    while True:
+        try:
+            with files.disk_errors(folder):
+                return Journal(folder, study)
+        except FednnunetError as error:
+            if error.code is not Code.DISK_FULL:
+                raise
+            log.error("%s waits for the disk: %s. %s", study.name, error, error.advice)
+        time.sleep(DISK_PAUSE)
+        run.check()
+
+
 def _write_report(folder: Path) -> None:
     """The report of a study that has ended; a report that cannot be written changes nothing of the study."""
     done = subprocess.run(
@@ -616,21 +633,30 @@ def _write_report(folder: Path) -> None:
 
 
 def unfinished(settings: CoordinatorSettings) -> list[Study]:
-    """Studies whose journal has begun and not ended."""
+    """Studies whose journal has begun and not ended; one that cannot be read is said and holds up no other."""
     found = []
     for folder in sorted(settings.studies.glob("*")):
         if (folder / "journal.jsonl").exists():
-            study = Study.model_validate(files.read_json(folder / "study.json"))
-            journal = Journal(folder, study)
             try:
-                if journal.state.ended not in ENDED:
-                    journal.check()
+                study = Study.model_validate(files.read_json(folder / "study.json"))
+                if _goes_on(folder, study):
                     found.append(study)
-            except StopRequested as asked:  # nobody drove it when it was asked for
-                journal.stop(asked.by)
-            finally:
-                journal.close()
+            except (FednnunetError, OSError, ValueError) as error:  # damaged, or of another version
+                log.error("study %s is left as it is: %s", folder.name[:12], str(error).splitlines()[0])
     return found
+
+
+def _goes_on(folder: Path, study: Study) -> bool:
+    journal = Journal(folder, study)
+    try:
+        if journal.state.ended not in ENDED:
+            journal.check()
+            return True
+    except StopRequested as asked:  # nobody drove it when it was asked for
+        journal.stop(asked.by)
+    finally:
+        journal.close()
+    return False
 
 
 def _carry_on(settings: CoordinatorSettings, control: clients.Control) -> None:
@@ -661,11 +687,15 @@ def _carry_on(settings: CoordinatorSettings, control: clients.Control) -> None:
 
 
 def _has_ended(settings: CoordinatorSettings, study: Study, submission: str) -> bool:
-    """Whether the journal says that this submission of a study has come to its end."""
+    """Whether the journal says that this submission of a study has come to its end; a damaged one does not go on."""
     folder = settings.studies / study.id
     if not (folder / "journal.jsonl").exists():
         return False
-    journal = Journal(folder, study)
+    try:
+        journal = Journal(folder, study)
+    except FednnunetError as error:
+        log.error("study %s is left as it is: %s", study.id[:12], error)
+        return True
     try:
         return journal.state.ended == "done" or submission in journal.state.ended_submissions
     finally:
@@ -715,7 +745,11 @@ def _register_again(state: Path, control: clients.Control) -> None:
 
 def _progress(settings: CoordinatorSettings) -> str:
     """Changes when any study's journal has grown by more than the lines of a restart."""
-    return ",".join(
-        str(sum(line["event"] not in _OF_A_START for line in audit.read(path)))
-        for path in sorted(settings.studies.glob("*/journal.jsonl"))
-    )
+    return ",".join(_grown(path) for path in sorted(settings.studies.glob("*/journal.jsonl")))
+
+
+def _grown(path: Path) -> str:
+    try:
+        return str(sum(line["event"] not in _OF_A_START for line in audit.read(path)))
+    except FednnunetError:  # damaged
+        return ""

@@ -115,6 +115,13 @@ def withdraw_stop(folder: Path) -> None:
     (folder / STOP).unlink(missing_ok=True)
 
 
+def _read_study(path: Path) -> Study:
+    try:
+        return Study.model_validate(files.read_json(path))
+    except ValueError as error:
+        raise FednnunetError(Code.JOURNAL_DAMAGED, f"{path} is no study, or of another version") from error
+
+
 class Journal:
     """A study's folder, opened by the one coordinator that drives the study."""
 
@@ -123,7 +130,7 @@ class Journal:
         self.study = study
         recorded = folder / "study.json"
         if recorded.exists():
-            if Study.model_validate(files.read_json(recorded)).id != study.id:
+            if _read_study(recorded).id != study.id:
                 raise FednnunetError(Code.JOURNAL_DAMAGED, f"{recorded} holds another study")
         else:
             files.write_json(recorded, study.model_dump(mode="json"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from commands import phantom_study
 from journals import Written
 
 from federation.flower import clients
 from federation.flower.clients import UnderWay
 from federation.flower.supernode import PATIENCE, SLOWEST, pause
-from federation.study import parse
+from federation.study import Study, parse
 from orchestrator import coordinator, selftest
 from orchestrator.coordinator import CoordinatorSettings
 
@@ -82,3 +85,50 @@ def test_who_has_waited_for_long_looks_less_often_and_never_much_too_late() -> N
     assert pause(0.5, 100.0) == PATIENCE * 100.0
     assert pause(0.5, 1e6) == SLOWEST
     assert pause(10.0, 1e6) == SLOWEST
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("journal.jsonl", b"{}\n{}\n"), ("study.json", b'{"of": "another version"}')]
+)
+def test_a_damaged_study_is_said_and_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes
+) -> None:
+    damaged, sound = Written(tmp_path, "damaged"), Written(tmp_path, "sound")
+    for written in (damaged, sound):
+        written.write("opened", run=7, submission=written.study.name)
+    (damaged.folder / name).write_bytes(content)
+    run = UnderWay(7, damaged.study.model_dump_json(), "other")
+    calls = carried_on(tmp_path, run)
+    assert [call[0] for call in calls] == ["start", "stop"], "a study whose record is damaged does not go on"
+    assert Study.model_validate_json(calls[0][1]).id == sound.study.id
+    assert damaged.study.id[:12] in caplog.text
+    assert "FNU-504" in caplog.text
+
+    class Settings:
+        studies = tmp_path / "studies"
+
+    assert coordinator._progress(cast(CoordinatorSettings, Settings()))
+
+
+def test_a_disk_that_does_not_take_the_journal_is_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = parse(phantom_study(["north"]))
+    fsync, left = os.fsync, [3]
+
+    def full(descriptor: int) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    class Run:
+        def check(self) -> None:
+            """The run goes on."""
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(coordinator, "DISK_PAUSE", 0.0)
+    journal = coordinator._open(tmp_path / "studies" / study.id, study, cast(coordinator.Run, Run()))
+    journal.write("opened", run=1, submission="s")
+    journal.close()
+    assert caplog.text.count("FNU-702") == 3

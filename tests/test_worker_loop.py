@@ -15,6 +15,7 @@ import pytest
 from worker_site import Site, initial_weights, make_settings, make_study, shared_site
 
 from appliance.settings import Settings
+from appliance.worker import loop
 from federation import files, tasks
 
 REPOSITORY = Path(__file__).parents[1]
@@ -141,6 +142,36 @@ def test_killed_in_a_round_and_started_again_the_worker_sends_the_same_bytes(
         return [files.sha256_of(site.update(task)) for task in (first, second)]
 
     assert run(killed=True) == run(killed=False)
+
+
+def test_a_task_that_kills_every_worker_is_answered_instead_of_killing_one_more(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """As the kernel does each time that memory runs out."""
+    site = make_site(tmp_path, **LONG)
+    lives, first = site.settings.work / "lives.json", site.task(TRAIN, 1)
+    site.put(site.prepare_task())
+    process = start(site, started)
+    wait(lambda: site.spool.result(site.prepare_task()) is not None)
+    site.put(first, initial_weights())
+    for number in range(1, loop.LIVES + 1):
+        wait(lambda number=number: lives.exists() and files.read_json(lives)["lives"] == number)
+        process.kill()
+        process.wait()
+        assert site.spool.result(first) is None
+        process = start(site, started)
+    wait(lambda: site.spool.result(first) is not None)
+    failure = site.spool.result(first).failure
+    assert [(problem.code, problem.count) for problem in failure.problems] == [(412, 1)]
+    assert not lives.exists()
+
+    again = first.model_copy(update={"attempt": 2})  # when more memory is there
+    site.put(again, initial_weights())
+    wait(lambda: is_training(site))
+    assert files.read_json(lives)["lives"] == 1
+    process.terminate()
+    process.wait(10)
+    assert not lives.exists(), "an end that was asked for is no death"
 
 
 def test_a_killed_workers_loaders_do_not_outlive_it(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> None:

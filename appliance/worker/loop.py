@@ -6,6 +6,8 @@ Rules:
   done from its beginning when it is met again.
 - A failure is an answer too: numbers of the catalogue and counts. Its traceback lies at the site, in
   `work/STUDY/log`, and goes to stderr.
+- A task that has killed so many workers in a row (the kernel does, when memory runs out) is answered with FNU-412,
+  instead of killing the next one for ever. `work/lives.json` counts.
 - The trainer lives from round to round. It ends with its fold, with a failure, when another fold is asked for, and
   when no study runs any more: a device is held for nobody.
 - While nothing is asked, the worker imports what training needs, and after Prepare it starts the first fold's
@@ -49,6 +51,8 @@ FAILED = {
 RETRY = {Code.BASE_MISSING, Code.WEIGHTS_DAMAGED}
 PAUSE = 5.0
 """Seconds before a worker that cannot write its answer tries again."""
+LIVES = 3
+"""Workers that may die at one attempt at a task."""
 Answer = tuple[tasks.Result, Path | None]
 
 
@@ -147,8 +151,10 @@ class Worker:
         log.info("begins, attempt %d", task.attempt)
         usable = True
         try:
+            self._count_lives(task)
             result, update = self._answer(task, self._control(task))
         except Interrupted:
+            self._lived()
             if not self.stop.is_set():  # cancelled: whatever asks next finds the state of the round before
                 self._close()
             self.status.task(None, "waiting")
@@ -167,8 +173,30 @@ class Worker:
         except FednnunetError as error:
             self._report(error, task)
             self.stop.wait(PAUSE)
+        self._lived()
         self.status.task(None, "waiting")
         return usable
+
+    @property
+    def _lives(self) -> Path:
+        return self.settings.work / "lives.json"
+
+    def _lived(self) -> None:
+        with contextlib.suppress(OSError):
+            self._lives.unlink(missing_ok=True)
+
+    def _count_lives(self, task: tasks.Task) -> None:
+        """One more worker begins this attempt at a task; raises FNU-412 when too many have died at it."""
+        name = f"{task.study.id} {task.key} {task.attempt}"
+        try:
+            known = files.read_json(self._lives)
+        except (OSError, ValueError):
+            known = {}
+        lives = known["lives"] + 1 if known.get("task") == name else 1
+        if lives > LIVES:
+            raise FednnunetError(Code.WORKER_DIED, f"{task.key}: {LIVES} workers have died at it")
+        with contextlib.suppress(FednnunetError):  # a full disk shows where it matters
+            files.write_json(self._lives, {"task": name, "lives": lives})
 
     def _forget_what_no_task_needs(self, task: tasks.Task) -> None:
         """After an answer lies in the outbox: its weights, and after Finish the state of the fold.

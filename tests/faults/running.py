@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
+from commands import REPOSITORY
 from rich.console import Console
 
 from federation.audit import read
 from federation.study import Study, parse
 from orchestrator.admin.simulate import Simulation
 
+TABLE = REPOSITORY / "build" / "faults.json"
+SHARE = int(os.environ.get("FAULTS_SHARE", "16"))
+"""One of so many transitions; `make faults` takes every one."""
 SITES = ("hospital_a", "hospital_b")
 
 
@@ -128,3 +134,16 @@ class Federation:
         thread.join()
         if failure:
             raise failure[0]
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What the processes said of their starts and deaths."""
+    path = folder / "record.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_table(name: str, row: dict[str, Any]) -> None:
+    """Keep the figures of a run beside those of the others, for docs/reference/measured."""
+    TABLE.parent.mkdir(exist_ok=True)
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    TABLE.write_text(json.dumps(known | {name: row}, indent=1) + "\n")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import io
-import json
 import os
 import random
 import signal
@@ -22,56 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY
-from rich.console import Console
-from running import SITES, Federation, study
+from running import SHARE, SITES, Federation, study, told, write_table
 
-from orchestrator.admin.simulate import Simulation, SiteOptions
+from orchestrator.admin.simulate import Simulation
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
-
-CRASH = Path(__file__).parent / "crash"
-TABLE = REPOSITORY / "build" / "faults.json"
-SHARE = int(os.environ.get("FAULTS_SHARE", "16"))
-"""One of so many transitions; `make faults` takes every one."""
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str, Path]) -> str:
-    """Digest of the final weights of a study that nothing happens to."""
-    simulation = Simulation(
-        tmp_path_factory.mktemp("calm"), {name: tiny_phantom_sites[name] for name in SITES}, SiteOptions(threads=1)
-    )
-    with simulation.running():
-        undisturbed = study("undisturbed", round_deadline=1200, step_deadline=1200)
-        simulation.conduct(undisturbed, Console(file=io.StringIO()))
-        return Federation(simulation).digest(undisturbed)
-
-
-@pytest.fixture
-def killing(
-    tmp_path: Path, tiny_phantom_sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Simulation, Path]]:
-    folder = tmp_path / "crash"
-    folder.mkdir()
-    monkeypatch.setenv("PYTHONPATH", f"{CRASH}:{REPOSITORY}")
-    monkeypatch.setenv("FAULTS_CRASH", str(folder))
-    monkeypatch.setenv("FAULTS_SHARE", str(SHARE))
-    sites = {name: tiny_phantom_sites[name] for name in SITES}
-    return iter([(Simulation(tmp_path / "state", sites, SiteOptions(threads=1)), folder)])
-
-
-def told(folder: Path) -> list[dict[str, Any]]:
-    """What the processes said of their starts and deaths."""
-    path = folder / "record.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_table(name: str, row: dict[str, Any]) -> None:
-    """Keep the figures of a run beside those of the others, for docs/reference/measured."""
-    TABLE.parent.mkdir(exist_ok=True)
-    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    TABLE.write_text(json.dumps(known | {name: row}, indent=1) + "\n")
 
 
 def figures(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -1,12 +1,17 @@
-"""Kills a process of ours at its transitions: Python runs this at the start of every process that has it on its path.
+"""Kills a process of ours at its transitions, or takes its disk away: Python runs this at the start of every process
+that has it on its path.
 
 A transition is a line of a hash chain (journal, arrivals, ledger), killed after it is on the disk, or a file or folder
 that is moved to its place, killed before that. Each distinct transition of a process kills once: the next life passes
 it. The folder `FAULTS_CRASH` keeps which, and a line for each start and each kill; `FAULTS_ROLES` says whose.
+
+With `FAULTS_DISK` nothing is killed: each file that is opened to be written, each fsync of one and each rename fails
+once, as on a disk that is full at that moment (ENOSPC) or was mounted read-only (EROFS).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +21,7 @@ import sys
 import time
 
 FOLDER = os.environ.get("FAULTS_CRASH", "")
+DISK = os.environ.get("FAULTS_DISK", "")
 SHARE = int(os.environ.get("FAULTS_SHARE", "1"))
 OWN = os.getpid()
 
@@ -49,13 +55,17 @@ def pass_or_die(label: str) -> None:
         os.close(os.open(os.path.join(FOLDER, name), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    say("kill", label)
+    say("disk" if DISK else "kill", label)
+    if DISK:
+        number = getattr(errno, DISK)
+        raise OSError(number, os.strerror(number))
     os.kill(OWN, signal.SIGKILL)
 
 
 def plain(path: str) -> str:
     """A path as it is in every run: no folder of the test, no id of a study, nothing by chance."""
-    return re.sub(r"[0-9a-f]{16,}", "ID", path.partition("/state/")[2] or os.path.basename(path))
+    short = path.partition("/state/")[2] or os.path.basename(path)
+    return re.sub(r"writing-\d+", "writing", re.sub(r"[0-9a-f]{16,}", "ID", short))
 
 
 def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -64,6 +74,37 @@ def hook(event: str, arguments: tuple[object, ...]) -> None:
         target = os.fsdecode(arguments[1])  # type: ignore[arg-type]
         if FOLDER not in target and "status.json" not in target:
             pass_or_die(f"before {plain(target)}")
+
+
+def is_ours(path: str) -> bool:
+    """A file that a process of ours keeps: not a log, not a cache, nothing that only people look at."""
+    below = path.partition("/state/")[2]
+    return bool(below) and FOLDER not in path and not re.search(r"(^|/)(logs|cache|flower)/|status\.json|/lock$", below)
+
+
+def disk_hook(event: str, arguments: tuple[object, ...]) -> None:
+    """Before a file is opened to be written, or takes its place."""
+    if event == "open" and isinstance(arguments[0], str | bytes):
+        path, flags = os.fsdecode(arguments[0]), arguments[2]
+        if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR) and is_ours(path):
+            pass_or_die(f"open {plain(path)}")
+    elif event == "os.rename":
+        target = os.fsdecode(arguments[1])  # type: ignore[arg-type]
+        if is_ours(target):
+            pass_or_die(f"rename {plain(target)}")
+
+
+def failing_fsync() -> None:
+    """What was written is refused at last: half of it may be on the disk."""
+    fsync = os.fsync
+
+    def fails(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if is_ours(path):
+            pass_or_die(f"fsync {plain(path)}")
+        fsync(descriptor)
+
+    os.fsync = fails
 
 
 def after_lines() -> None:
@@ -90,5 +131,13 @@ if ROLE == "supervisor":
     processes.QUICK = 0.0  # who dies here is no process that cannot be kept alive
 elif ROLE and ROLE in os.environ["FAULTS_ROLES"].split(","):
     say("start", "")
-    after_lines()
-    sys.addaudithook(hook)
+    if ROLE.startswith("worker"):
+        from appliance.worker import loop
+
+        loop.LIVES = 10**6  # it dies at the same task many times
+    if DISK:
+        failing_fsync()
+        sys.addaudithook(disk_hook)
+    else:
+        after_lines()
+        sys.addaudithook(hook)
