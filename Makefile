@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUTF8=1
 PACKAGES := federation appliance orchestrator
 PYTEST_ARGS ?=
-# Two processes for the tests: a federation waits as much as it computes. A file's tests stay in one.
+# Two processes for the tests: a federation waits as much as it computes. A file's tests stay in one, the long files first.
 WORKERS ?= 2
 # Images: BASE=docker pulls a slim Python, BASE=debian makes one from Debian's packages where no registry is reached.
 DOCKER ?= docker
@@ -34,10 +34,10 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not browser and not containers and not charts and not benchmark" \
-	    -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
+	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
-	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m long -n $(WORKERS) --dist loadfile --durations=10 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m long -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
 faults: $(READY) ## kill -9 at every single transition of coordinator, link and worker (25 minutes); figures in build/faults.json
 	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py $(PYTEST_ARGS)

@@ -97,27 +97,32 @@ class Conductor:
         Folder of pretrained checkpoints, named by their SHA-256.
     signatures : Signatures
         The coordinator's key, and those of the sites.
+    workshop : Workshop
+        Where torch is.
     poll : float
         Seconds between two looks for answers.
     """
 
     def __init__(
-        self, carrier: Carrier, journal: Journal, pretrained: Path, signatures: Signatures, poll: float
+        self,
+        carrier: Carrier,
+        journal: Journal,
+        pretrained: Path,
+        signatures: Signatures,
+        workshop: Workshop,
+        poll: float,
     ) -> None:
         self.journal, self.study = journal, journal.study
         self._exchange = Exchange(carrier, journal, signatures, poll)
         self._pretrained = pretrained
-        self._workshop = Workshop()
+        self._workshop = workshop
         self._plans: dict[str, str] = {}
         self._cases: dict[str, int] = {}
         self._views: Views
 
     def conduct(self) -> None:
         """Go on until the study is done; raises what made it fail."""
-        try:
-            self._steps()
-        finally:
-            self._workshop.close()
+        self._steps()
         self.journal.write("done")
 
     def _steps(self) -> None:
@@ -304,7 +309,6 @@ class Conductor:
             first = {site: journal.first_weights / name for site, name in journal.state.layers["first"].items()}
             digest = self._views.begin(fold, first)
             journal.write("weights", fold=fold, round=0, digest=digest)
-        self._workshop.close()
         while (done := journal.state.weights[fold][0]) < study.rounds:
             self._round(fold, done + 1)
         if fold == study.folds[-1] and journal.state.exported is None and study.one_model:
@@ -554,7 +558,7 @@ class CoordinatorSettings:
         return self.state / "studies"
 
 
-def drive(settings: CoordinatorSettings, run: Run) -> None:
+def drive(settings: CoordinatorSettings, run: Run, workshop: Workshop) -> None:
     """Drive the study of one run to its end, or until the run is lost."""
     if run.study_json == selftest.STUDY:
         selftest.empty_round(settings.state, run, settings.signatures, settings.poll)
@@ -562,10 +566,10 @@ def drive(settings: CoordinatorSettings, run: Run) -> None:
         return
     study = parse(json.loads(run.study_json), f"run {run.run_id}")
     with logs.about(study=study.id[:12]):
-        _drive(settings, run, study)
+        _drive(settings, run, study, workshop)
 
 
-def _drive(settings: CoordinatorSettings, run: Run, study: Study) -> None:
+def _drive(settings: CoordinatorSettings, run: Run, study: Study, workshop: Workshop) -> None:
     folder = settings.studies / study.id
     journal, shut_down = _open(folder, study, run), False
     try:
@@ -575,7 +579,9 @@ def _drive(settings: CoordinatorSettings, run: Run, study: Study) -> None:
         journal.write("opened", run=run.run_id, submission=run.submission)
         log.info("%s, run %s: %s", study.name, run.run_id, journal.state.phase)
         try:
-            Conductor(run, journal, settings.state / "pretrained", settings.signatures, settings.poll).conduct()
+            Conductor(
+                run, journal, settings.state / "pretrained", settings.signatures, workshop, settings.poll
+            ).conduct()
         except FednnunetError as error:
             journal.write("failed", number=error.code.number, reason=str(error), advice=error.advice)
             raise
@@ -714,9 +720,9 @@ def main(settings: CoordinatorSettings) -> None:
     ca, token = authority.ca.read_bytes(), authority.token.read_text().strip()
     control = clients.Control(settings.control, ca, token)
     secret = clients.load_secret(authority.secret)
-    pause, known = 0.0, ""
+    workshop, pause, known = Workshop(), 0.0, ""
     next_try: float | None = 0.0
-    for ran in serve_runs(settings.control, ca, secret, lambda run: drive(settings, run), settings.poll):
+    for ran in serve_runs(settings.control, ca, secret, lambda run: drive(settings, run, workshop), settings.poll):
         if ran:  # a study that makes no progress is tried again after a pause that grows
             now = _progress(settings)
             pause = min(max(1.0, pause * 2), 60.0) if now == known else 0.0

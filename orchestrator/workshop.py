@@ -4,7 +4,8 @@ Rules:
 
 - `open` returns at once; the imports (seconds) go on while the sites are busy with something else.
 - Each job is a fork of the warm child: it starts without imports, and what it leaves behind or breaks ends with it.
-- `close` gives the memory back: between planning and export, a thousand rounds later, nothing is held.
+- The child ends by itself after IDLE seconds without a job and gives its memory back: between planning and export, a
+  thousand rounds later, nothing is held, and studies that follow each other share one child.
 - It ends with the coordinator, also when the coordinator is killed.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
 import traceback
@@ -22,13 +24,22 @@ from pathlib import Path
 
 from federation.processes import end_with_parent
 
+IDLE = 120.0
+"""Seconds without a job after which the child ends; starting it again costs about 6 s of one core."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 class Workshop:
-    """Runs the `main` of modules that need torch, in forks of one warm child."""
+    """Runs the `main` of modules that need torch, in forks of one warm child.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    idle : float
+        Seconds without a job after which the child ends.
+    """
+
+    def __init__(self, idle: float = IDLE) -> None:
+        self._idle = idle
         self._process: subprocess.Popen[str] | None = None
 
     def open(self) -> None:
@@ -38,7 +49,7 @@ class Workshop:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.workshop"],
+            [sys.executable, "-m", "orchestrator.workshop", str(self._idle)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -61,18 +72,24 @@ class Workshop:
         log : Path
             Where what it prints goes.
         """
-        self.open()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         job = {
             "module": module,
             "arguments": list(arguments),
             "environment": dict(environment),
             "log": str(log.resolve()),
         }
+        while (status := self._ask(json.dumps(job))) is None:  # it was about to end of idleness
+            pass
+        return status
+
+    def _ask(self, job: str) -> int | None:
+        """The exit status of a job; None where the child has ended, in order, without taking it."""
+        self.open()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.write(job + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except BrokenPipeError:
@@ -81,7 +98,7 @@ class Workshop:
             return int(answer)
         status = self._process.wait()
         self._process = None
-        return status or 1
+        return status or None
 
     def close(self) -> None:
         """End the child."""
@@ -133,13 +150,14 @@ def _job(job: Mapping[str, object]) -> int:
 
 
 def main() -> None:
-    """The child: import, then do one job for each line of standard input."""
+    """The child, with its idle time as argument: import, then do one job for each line of standard input."""
     end_with_parent()
+    idle = float(sys.argv[1])
     from orchestrator import model, planning
 
     planning.warm()
     model.warm()
-    for line in sys.stdin:
+    while select.select([sys.stdin], [], [], idle)[0] and (line := sys.stdin.readline()):
         print(_job(json.loads(line)), flush=True)
 
 

@@ -48,6 +48,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+HEAVY = ("test_mid_round.py", "test_simulate.py", "test_documents.py", "test_in_process.py", "test_bad_input.py")
+"""Files that take minutes each. They begin first: one of them at the end would have a processor to itself."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of the files."""
+    items.sort(key=lambda item: HEAVY.index(item.path.name) if item.path.name in HEAVY else len(HEAVY))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def flower_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A writable FLWR_HOME of this test run's own."""

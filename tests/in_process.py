@@ -165,17 +165,11 @@ class SimulatedNetwork:
         return Received(body, parcel.weights is not None)
 
 
-class WarmWorkshop(Workshop):
-    """The real workshop, which stays open from study to study: its imports take five seconds."""
-
-    def close(self) -> None:
-        """Nothing: it ends with the test run."""
-
-
 @functools.cache
-def _warm_workshop() -> WarmWorkshop:
-    workshop = WarmWorkshop()
-    atexit.register(Workshop.close, workshop)
+def _warm_workshop() -> Workshop:
+    """The real workshop, from study to study: its imports take five seconds."""
+    workshop = Workshop()
+    atexit.register(workshop.close)
     return workshop
 
 
@@ -226,11 +220,8 @@ class Federation:
         journal = Journal(self.study_folder(study), study)
         try:
             with _environment(self.settings.values()):
-                conductor = Conductor(
-                    SimulatedNetwork(self.workers, silent, lie), journal, self.pretrained, Unsigned(), POLL
-                )
-                conductor._workshop = _warm_workshop()
-                conductor.conduct()
+                network = SimulatedNetwork(self.workers, silent, lie)
+                Conductor(network, journal, self.pretrained, Unsigned(), _warm_workshop(), POLL).conduct()
         finally:
             journal.close()
         return Outcome(study, journal.folder)

@@ -329,7 +329,7 @@ def test_ci_runs_the_tests_then_the_lint() -> None:
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    assert text.index("make test") < text.index("make lint")
+    assert text.index("\nstep test\n") < text.index("\nstep lint\n")
 
 
 def test_gitignore_keeps_no_source_out_of_the_repository() -> None:
