@@ -23,7 +23,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long faults test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
+.PHONY: help demo test test-long test-exhaustive faults test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -33,14 +33,17 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 	@$(BIN)/fednnunet simulate demo
 
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not browser and not containers and not charts and not benchmark" \
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not exhaustive and not browser and not containers and not charts and not benchmark" \
 	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
-test-long: $(READY) ## whole studies for rarer cases: full disks, five folds, files broken in the wild
-	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m long -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
+test-long: $(READY) ## whole studies for rarer cases: full disks, a cascade, real data, the pages of the documentation
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m "long and not exhaustive" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
-faults: $(READY) ## kill -9 at every single transition of coordinator, link and worker (25 minutes); figures in build/faults.json
-	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py $(PYTEST_ARGS)
+test-exhaustive: $(READY) ## each trainer, all folds, more processes killed, a disk that fails at every write (40 minutes)
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,exhaustive) -m exhaustive -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
+
+faults: $(READY) ## kill -9 at every transition, a disk that fails at every write (hours); figures in build/faults.json
+	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py tests/faults/test_disk.py $(PYTEST_ARGS)
 
 test-browser: $(READY) ## reports and the web page in a real browser (needs Chromium: apt-get install chromium)
 	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,browser) -m browser --durations=10 $(PYTEST_ARGS)

@@ -166,7 +166,7 @@ class SimulatedNetwork:
 
 
 @functools.cache
-def _warm_workshop() -> Workshop:
+def warm_workshop() -> Workshop:
     """The real workshop, from study to study: its imports take five seconds."""
     workshop = Workshop()
     atexit.register(workshop.close)
@@ -200,7 +200,7 @@ class Federation:
         self.folder = folder
         self.pretrained = folder / "orchestrator" / "pretrained"
         self.settings = {name: _settings(name, data, folder / "sites" / name, settings) for name, data in sites.items()}
-        _warm_workshop().open()
+        warm_workshop().open()
         with _environment(self.settings.values()):  # some of it is read by nnU-Net when it is imported
             self.workers = {name: Worker(site, threading.Event()) for name, site in self.settings.items()}
 
@@ -221,7 +221,7 @@ class Federation:
         try:
             with _environment(self.settings.values()):
                 network = SimulatedNetwork(self.workers, silent, lie)
-                Conductor(network, journal, self.pretrained, Unsigned(), _warm_workshop(), POLL).conduct()
+                Conductor(network, journal, self.pretrained, Unsigned(), warm_workshop(), POLL).conduct()
         finally:
             journal.close()
         return Outcome(study, journal.folder)

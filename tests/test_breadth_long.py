@@ -13,7 +13,7 @@ from federation.weights import TensorFile
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("size", ["L", "XL"])
+@pytest.mark.parametrize("size", ["L", pytest.param("XL", marks=pytest.mark.exhaustive)])
 def test_larger_residual_encoders(
     federation: Federation,  # noqa: F811
     sites: dict[str, Path],  # noqa: F811

@@ -348,7 +348,7 @@ def nnunet_figure(both: Stages, stage: Outcome, model: str) -> float:
     return float(np.mean([np.nanmean([case["metrics"][label]["Dice"] for case in cases]) for label in ("1", "2")]))
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_with_five_folds_each_case_is_predicted_by_the_fold_that_held_it_out(tmp_path: Path) -> None:
     both = run_both(tmp_path, 5, "0-4")

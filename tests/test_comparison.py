@@ -105,6 +105,7 @@ def test_training_alone_is_a_federation_of_one_site_bit_for_bit(tmp_path: Path) 
     assert any(not np.array_equal(TensorFile(first).read(name), TensorFile(last).read(name)) for name in names)
 
 
+@pytest.mark.long
 def test_cut_short_in_the_middle_it_goes_on_to_the_same_scores(
     asked: tuple[Site, tasks.Comparison], tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def study_of(distance: Distance, **changes: object) -> None:
     write_study(distance.coordinator.folder / "study.yaml", study)
 
 
+@pytest.mark.long
 def test_a_study_as_coordinator_and_hospitals_read_it_ends_with_a_model_and_leaves_no_process(
     distance: Distance,
 ) -> None:

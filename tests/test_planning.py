@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from in_process import warm_workshop
 from skimage import io as skimage_io
 
 from appliance.worker import dataset
@@ -26,6 +27,11 @@ from federation.study import Study
 from orchestrator import planning
 
 INTENSITIES = "foreground_intensity_properties_per_channel"
+
+
+def plan(pooled: SiteFingerprint, study: Study, folder: Path) -> planning.PlannedStudy:
+    """Plan in a workshop that has imported nnU-Net already."""
+    return planning.plan(pooled, study, folder, warm_workshop())
 
 
 def make_study(**changes: Any) -> Study:
@@ -141,7 +147,7 @@ def test_plans_of_three_synthetic_hospitals_are_nnunets_own_on_the_pooled_data(
     planners = ("ExperimentPlanner", "nnUNetPlannerResEncM")
     central = planned_by_nnunet(folders, planners, tmp_path / "central", monkeypatch)
     for planner in planners:
-        ours = planning.plan(pooled, make_study(planner=planner), tmp_path / planner)
+        ours = plan(pooled, make_study(planner=planner), tmp_path / planner)
         assert_same_plans(ours.plans, central[planner])
         assert ours.plans["dataset_name"] == "Dataset601_Pooled"
         assert ours.dataset_json == study.dataset_json(15)
@@ -154,7 +160,7 @@ def test_plans_of_natural_images_are_nnunets_own_on_the_pooled_data(
     study = make_study(file_ending=".png", channel_names={"0": "xray"}, configuration="2d")
     folders = [write_site(tmp_path / f"site_{site}", study, site, 3) for site in range(3)]
     central = planned_by_nnunet(folders, ["ExperimentPlanner"], tmp_path / "central", monkeypatch)
-    ours = planning.plan(pooled_by_us(folders, study), study, tmp_path / "plan")
+    ours = plan(pooled_by_us(folders, study), study, tmp_path / "plan")
     assert_same_plans(ours.plans, central["ExperimentPlanner"])
     assert list(ours.plans["configurations"]) == ["2d"]
     with pytest.raises(FednnunetError) as error:
@@ -170,15 +176,15 @@ def test_plans_of_real_hippocampus_are_nnunets_own_on_the_pooled_data(
     )
     folders = [dataset.find_dataset(shared_data / "hippocampus" / f"hippo_{site}") for site in "abc"]
     central = planned_by_nnunet(folders, ["ExperimentPlanner"], tmp_path / "central", monkeypatch)
-    ours = planning.plan(pooled_by_us(folders, study), study, tmp_path / "plan")
+    ours = plan(pooled_by_us(folders, study), study, tmp_path / "plan")
     assert_same_plans(ours.plans, central["ExperimentPlanner"])
     assert ours.dataset_json["numTraining"] == 93
 
 
 def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     pooled, study = a_fingerprint(), make_study(planner="SmallUNetPlanner")
-    first = planning.plan(pooled, study, tmp_path / "plan")
-    assert planning.plan(pooled, study, tmp_path / "plan") == first
+    first = plan(pooled, study, tmp_path / "plan")
+    assert plan(pooled, study, tmp_path / "plan") == first
     assert "stub" not in json.dumps([first.plans, first.dataset_json])
 
 
@@ -188,14 +194,14 @@ def test_planning_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 )
 @pytest.mark.long
 def test_larger_residual_encoders_are_planned(planner: str, name: str, tmp_path: Path) -> None:
-    planned = planning.plan(a_fingerprint(), make_study(planner=planner), tmp_path / "plan")
+    planned = plan(a_fingerprint(), make_study(planner=planner), tmp_path / "plan")
     assert planned.plans["plans_name"] == name
     assert planned.plans["experiment_planner_used"] == planner
 
 
 def test_small_planner_plans_a_network_for_a_cpu(tmp_path: Path) -> None:
     study = make_study(planner="SmallUNetPlanner")
-    planned = planning.plan(a_fingerprint(), study, tmp_path / "plan").plans
+    planned = plan(a_fingerprint(), study, tmp_path / "plan").plans
     volume, plane = planned["configurations"]["3d_fullres"], planned["configurations"]["2d"]
     assert max(volume["patch_size"]) <= 24
     assert max(plane["patch_size"]) <= 128
@@ -207,7 +213,7 @@ def test_small_planner_plans_a_network_for_a_cpu(tmp_path: Path) -> None:
 
 def test_options_of_the_planner_are_honoured(tmp_path: Path) -> None:
     options = {"gpu_memory_target": 2.0, "overwrite_target_spacing": [2.0, 2.0, 2.0], "plans_name": "ourPlans"}
-    planned = planning.plan(a_fingerprint(depth=100), make_study(**options), tmp_path / "plan").plans
+    planned = plan(a_fingerprint(depth=100), make_study(**options), tmp_path / "plan").plans
     assert planned["plans_name"] == "ourPlans"
     assert planned["configurations"]["3d_fullres"]["spacing"] == [2.0, 2.0, 2.0]
     assert planned["configurations"]["3d_fullres"]["data_identifier"] == "ourPlans_3d_fullres"
@@ -215,25 +221,25 @@ def test_options_of_the_planner_are_honoured(tmp_path: Path) -> None:
 
 def test_a_fingerprint_of_groups_is_planned(tmp_path: Path) -> None:
     study = make_study(planner="SmallUNetPlanner", fingerprint_min_cases=4)
-    assert planning.plan(a_fingerprint(min_cases=4), study, tmp_path / "plan").plans["configurations"]["3d_fullres"]
+    assert plan(a_fingerprint(min_cases=4), study, tmp_path / "plan").plans["configurations"]["3d_fullres"]
 
 
 def test_a_configuration_that_was_not_planned_is_named_with_those_that_were(tmp_path: Path) -> None:
     study = make_study(configuration="3d_lowres")
     with pytest.raises(FednnunetError) as error:
-        planning.plan(a_fingerprint(), study, tmp_path / "plan")
+        plan(a_fingerprint(), study, tmp_path / "plan")
     assert error.value.code is Code.CONFIGURATION_MISSING
     assert "3d_lowres was not planned, only 2d, 3d_fullres" in error.value.found
 
 
 def test_a_study_that_ends_with_the_plan_may_lack_its_configuration(tmp_path: Path) -> None:
     study = make_study(configuration="3d_lowres", stop_after="plan")
-    assert planning.plan(a_fingerprint(), study, tmp_path / "plan").plans_sha256
+    assert plan(a_fingerprint(), study, tmp_path / "plan").plans_sha256
 
 
 def test_what_nnunet_cannot_plan_is_an_error_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(FednnunetError) as error:
-        planning.plan(a_fingerprint(), make_study(file_ending=".xyz"), tmp_path / "plan")
+        plan(a_fingerprint(), make_study(file_ending=".xyz"), tmp_path / "plan")
     assert error.value.code is Code.PLANNING_FAILED
     assert "nnU-Net has no reader for .xyz" in error.value.found
 
@@ -242,7 +248,7 @@ def test_no_foreground_anywhere_is_found_before_planning(tmp_path: Path) -> None
     images = np.ones((1, 8, 8, 8), np.float32)
     nothing = site_fingerprint([case_statistics(images, np.zeros_like(images), (1.0, 1.0, 1.0))], 1)
     with pytest.raises(FednnunetError) as error:
-        planning.plan(nothing, make_study(), tmp_path / "plan")
+        plan(nothing, make_study(), tmp_path / "plan")
     assert error.value.code is Code.NO_FOREGROUND
 
 

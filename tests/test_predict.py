@@ -136,6 +136,7 @@ def test_one_process_writes_the_bytes_of_nnunetv2_predict_with_probabilities_and
     ]
 
 
+@pytest.mark.long
 def test_shards_as_an_indexed_job_runs_them_one_killed_and_started_again(
     whole: Batch, expected: dict[str, str], tmp_path: Path, no_process_left: None
 ) -> None:

@@ -152,7 +152,7 @@ def test_plans_that_were_not_made_are_refused_by_the_name_of_those_that_were(des
     refused(desk.simulate("train", IDS, "3d_fullres", "all"), 107, "nnUNetPlans", "there: nnUNetSmallPlans")
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_fold_0_to_4_trains_five_models_one_after_the_other(
     no_process_left: None, tmp_path: Path, tiny_phantom_sites: dict[str, Path]
 ) -> None:

@@ -174,7 +174,7 @@ def test_which_losses_know_no_regions_is_what_nnunet_says() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in BEHAVIOURS else [pytest.mark.long]) for name in trainers.ALLOWED],
+    [pytest.param(name, marks=[] if name in BEHAVIOURS else [pytest.mark.exhaustive]) for name in trainers.ALLOWED],
 )
 def test_a_trainer_trains_and_goes_on_after_a_restart_as_if_it_had_lived(
     state: Path, tmp_path: Path, name: str

@@ -24,7 +24,7 @@ from running import SHARE, SITES, Federation, study, told, write_table
 
 from orchestrator.admin.simulate import Simulation
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
+pytestmark = pytest.mark.timeout(3000)
 
 
 def figures(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -45,7 +45,13 @@ def figures(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "roles", [["coordinator"], ["link-hospital_a"], ["worker-hospital_a"]], ids=lambda roles: roles[0].partition("-")[0]
+    "roles",
+    [
+        pytest.param(["coordinator"], marks=pytest.mark.long),
+        pytest.param(["link-hospital_a"], marks=pytest.mark.exhaustive),
+        pytest.param(["worker-hospital_a"], marks=pytest.mark.exhaustive),
+    ],
+    ids=lambda roles: roles[0].partition("-")[0],
 )
 def test_killed_at_every_transition_the_study_ends_in_the_same_bytes(
     killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch, roles: list[str]
@@ -76,6 +82,7 @@ def test_killed_at_every_transition_the_study_ends_in_the_same_bytes(
     write_table(roles[0].partition("-")[0], row)
 
 
+@pytest.mark.exhaustive
 def test_superlink_and_supernode_killed_at_random_times(
     killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def undisturbed(federation: Federation) -> str:
     ("victim", "command", "site"),
     [
         ("coordinator", "orchestrator coordinator", ""),
-        ("superlink", "orchestrator superlink", ""),
+        pytest.param("superlink", "orchestrator superlink", "", marks=pytest.mark.long),
         pytest.param("link", "appliance.link link", "hospital_a", marks=pytest.mark.long),
         ("worker", "appliance.worker", "hospital_a"),
         pytest.param("supernode", "appliance.link supernode", "hospital_a", marks=pytest.mark.long),
