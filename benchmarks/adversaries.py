@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ HOSTILE = "hospital_e"
 METHODS = ("mean", "median", "trimmed_mean", "krum", "multi_krum")
 Change = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], dict[str, np.ndarray]]
 Words = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What becomes of the hostile site's answer: of its weights, given those it started from, or of its words."""
+
+    weights: Change | None = None
+    words: Words | None = None
 
 
 def everywhere(value: float) -> Change:
@@ -101,27 +109,27 @@ def of_round(number: int) -> Words:
     return lambda body: body.update(round=number)
 
 
-SEEN: dict[str, Change | Words] = {
-    "NaN in one number": one(float("nan")),
-    "Inf in one number": one(float("inf")),
-    "every number 1e30": everywhere(1e30),
-    "its step times 1e6": moved(1e6),
-    "a tensor in another shape": reshaped,
-    "a tensor in float64": doubled,
-    "a tensor under another name": renamed,
-    "0 cases": said(cases=0),
-    "-1 cases": said(cases=-1),
-    "1e12 cases": said(cases=10**12),
-    "more cases than it declared": said(cases=5000),
-    "the answer to round 1 again": of_round(1),
-    "trained with another plan": said(plans_sha256="0" * 64),
+SEEN: dict[str, Attack] = {
+    "NaN in one number": Attack(weights=one(float("nan"))),
+    "Inf in one number": Attack(weights=one(float("inf"))),
+    "every number 1e30": Attack(weights=everywhere(1e30)),
+    "its step times 1e6": Attack(weights=moved(1e6)),
+    "a tensor in another shape": Attack(weights=reshaped),
+    "a tensor in float64": Attack(weights=doubled),
+    "a tensor under another name": Attack(weights=renamed),
+    "0 cases": Attack(words=said(cases=0)),
+    "-1 cases": Attack(words=said(cases=-1)),
+    "1e12 cases": Attack(words=said(cases=10**12)),
+    "more cases than it declared": Attack(words=said(cases=5000)),
+    "the answer to round 1 again": Attack(words=of_round(1)),
+    "trained with another plan": Attack(words=said(plans_sha256="0" * 64)),
 }
-UNSEEN: dict[str, Change] = {
-    "zeros": everywhere(0.0),
-    "its step turned round": moved(-1.0),
-    "its step turned round, times 10": moved(-10.0),
-    "its step times 10": moved(10.0),
-    "noise as large as the weights": noise,
+UNSEEN: dict[str, Attack] = {
+    "zeros": Attack(weights=everywhere(0.0)),
+    "its step turned round": Attack(weights=moved(-1.0)),
+    "its step turned round, times 10": Attack(weights=moved(-10.0)),
+    "its step times 10": Attack(weights=moved(10.0)),
+    "noise as large as the weights": Attack(weights=noise),
 }
 
 
@@ -136,7 +144,7 @@ class Liar:
         Which attack a round gets; None: none.
     """
 
-    def __init__(self, federation: Federation, attack: Callable[[int], Change | Words | None]) -> None:
+    def __init__(self, federation: Federation, attack: Callable[[int], Attack | None]) -> None:
         self._federation, self._attack = federation, attack
 
     def __call__(self, task: Task, body: str, weights: Path) -> str:
@@ -147,15 +155,15 @@ class Liar:
         if attack is None:
             return body
         answer = json.loads(body)
-        if attack.__code__.co_argcount == 1:  # type: ignore[union-attr]
-            attack(answer)  # type: ignore[call-arg, arg-type]
+        if attack.words is not None:
+            attack.words(answer)
+        if attack.weights is None:
             return json.dumps(answer)
         before = self._federation.study_folder(task.study) / "rounds" / f"fold_{task.fold}" / f"{task.round - 1:04d}"
         update, base = TensorFile(weights), TensorFile(before / "global.safetensors")
-        changed = attack(  # type: ignore[call-arg]
+        changed = attack.weights(
             {name: update.read(name) for name in update.names}, {name: base.read(name) for name in base.names}
         )
-        assert changed is not None
         specs = {name: Spec(tensor.dtype, tensor.shape) for name, tensor in changed.items()}
         digest = write_tensors(weights, specs, lambda name: changed[name])
         answer["weights"] |= {"file_sha256": digest, "digest": digest, "nbytes": weights.stat().st_size}
@@ -215,7 +223,7 @@ def main() -> None:
             table.add_row(row["attack"], row["refused"].partition(": ")[2][:80] or row["refused"][:80])
         console.print(table)
         rows = []
-        attacks: dict[str, Change | None] = {"nothing (clean)": None, **UNSEEN}
+        attacks: dict[str, Attack | None] = {"nothing (clean)": None, **UNSEEN}
         for title, attack in attacks.items():
             row: dict[str, Any] = {"attack": title}
             for method in METHODS:

@@ -36,8 +36,10 @@ def main() -> None:
     if arguments.role == "link":
         app.main(settings, arguments.runtime_port)
         return
+    from appliance.link import clock
     from federation.flower import supernode
 
+    clock.look(settings)
     files = supernode.SuperNodeFiles(
         settings.ca_certificate, settings.site_key, app.runner_secret(settings), settings.state / "link" / "node_id"
     )

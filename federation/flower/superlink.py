@@ -9,7 +9,8 @@ they are: whoever reaches the port can run code at every site. So:
   with Flower's secret and task tokens, ``/health``, and a page of ours for people with the same token;
 - everything else is 404, by path, before Flower sees it.
 
-A new server certificate is taken up while the SuperLink runs: connections that are open go on.
+Connections that send nothing, or slowly, are ended (federation.flower.impatient). A new server certificate is taken up
+while the SuperLink runs: connections that are open go on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
 from federation.flower import lean, state
+from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
 
 log = logging.getLogger("fednnunet.superlink")
@@ -170,6 +172,7 @@ def serve(
         *("--host", control.host, "--port", str(control.port), "--database", str(files.database)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
     ]
+    open_many_files()
     state.use()
     config = _cli._parse_superlink_lifespan_config()
     update_console_handler(level="WARNING", timestamps=True, colored=False)
@@ -178,6 +181,7 @@ def serve(
     token = hashlib.sha256(files.token.read_bytes().strip()).digest()
     common: dict[str, Any] = {
         "log_level": "warning",
+        "http": Impatient,
         "ssl_keyfile": config.ssl_keyfile,
         "ssl_certfile": config.ssl_certfile,
         "timeout_graceful_shutdown": 1,

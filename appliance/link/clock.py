@@ -1,0 +1,31 @@
+"""Says in the log that this machine's clock is off: Flower alone says "401 Unauthorized", as of a wrong key.
+
+Flower's supernode ends when the orchestrator refuses it, and is started again; each start looks at the clock once,
+beside its other work.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from appliance.doctor import clock
+from appliance.doctor.context import Context
+from appliance.settings import Settings
+from federation.errors import Code, FednnunetError
+
+log = logging.getLogger("fednnunet.link")
+
+
+def look(settings: Settings) -> threading.Thread:
+    """Compare this machine's clock with the orchestrator's, in a thread that holds up nobody."""
+    thread = threading.Thread(target=_say, args=(settings,), daemon=True)
+    thread.start()
+    return thread
+
+
+def _say(settings: Settings) -> None:
+    for finding in clock.check(Context(settings)):
+        if finding.code is Code.CLOCK_OFF:
+            error = FednnunetError(Code.CLOCK_OFF, finding.text("found", house=True))
+            log.error("%s. %s", error, finding.text("advice", house=True))

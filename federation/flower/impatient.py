@@ -1,0 +1,72 @@
+"""Connections that send a request slowly, or none, are ended: nobody holds the listeners' files open for nothing.
+
+uvicorn waits for ever for a request's head and body (its one time limit is for a connection that has been answered), so
+that whoever reaches the port can hold as many connections as the process may open, without a key. Here a head takes
+HEAD seconds at most and a body BODY; the answer may take as long as it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD = 20.0
+"""Seconds from the connection, or the answer before, to the end of a request's head."""
+BODY = 600.0
+"""Seconds for a request's body: a chunk of 5 MiB at 0.07 Mbit/s."""
+
+
+class Impatient(HttpToolsProtocol):
+    """uvicorn's protocol with an end to its patience."""
+
+    _due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection: its first request is awaited."""
+        super().connection_made(transport)
+        self._within(HEAD)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self._in_time()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Something came; where it begins no request, one has to follow all the same."""
+        super().data_received(data)
+        if self._due is None and (self.cycle is None or self.cycle.response_complete):
+            self._within(HEAD)
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._within(BODY)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is there."""
+        self._in_time()
+        super().on_message_complete()
+
+    def _within(self, seconds: float) -> None:
+        self._in_time()
+        self._due = self.loop.call_later(seconds, self._end)
+
+    def _in_time(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _end(self) -> None:
+        self._due = None
+        transport: Any = self.transport
+        if transport is not None:
+            transport.abort()
+
+
+def open_many_files() -> None:
+    """Let this process hold as many connections as the machine allows it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

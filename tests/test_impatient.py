@@ -1,0 +1,112 @@
+"""Connections that hold the listener open for nothing, and those that only take their time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from federation.flower import impatient
+from federation.processes import free_port
+
+REQUEST = b"POST /echo HTTP/1.1\r\nhost: here\r\ncontent-length: 4\r\n\r\n"
+
+
+async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """Answers with the body, after a while."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message["body"], message["more_body"]
+    await asyncio.sleep(1.0)  # longer than a head may take
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(impatient, "HEAD", 0.5)
+    monkeypatch.setattr(impatient, "BODY", 1.5)
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(echo, port=port, http=impatient.Impatient, lifespan="off", log_level="warning")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield port
+    server.should_exit = True
+    thread.join()
+
+
+def connection(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def is_ended(held: socket.socket) -> bool:
+    """The other side ends it, without an answer."""
+    try:
+        return held.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def answer(held: socket.socket) -> bytes:
+    told = b""
+    while not told.endswith(b"body"):
+        more = held.recv(1000)
+        assert more, told
+        told += more
+    return told
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /e", b"\r\n", REQUEST[:-2]])
+def test_a_head_that_does_not_end_is_not_waited_for(port: int, sent: bytes) -> None:
+    with connection(port) as held:
+        held.sendall(sent)
+        assert is_ended(held)
+
+
+def test_a_head_that_comes_byte_by_byte_is_not_waited_for(port: int) -> None:
+    with connection(port) as held:
+        try:
+            for number in range(len(REQUEST)):
+                held.sendall(REQUEST[number : number + 1])
+                time.sleep(0.1)
+        except OSError:
+            return
+        assert is_ended(held)
+
+
+def test_a_body_that_does_not_end_is_not_waited_for(port: int) -> None:
+    with connection(port) as held:
+        held.sendall(REQUEST + b"bo")
+        assert is_ended(held)
+
+
+def test_a_slow_body_and_a_slow_answer_are_waited_for_and_the_connection_stays(port: int) -> None:
+    with connection(port) as held:
+        for _ in range(2):
+            held.sendall(REQUEST + b"bo")
+            time.sleep(0.8)
+            held.sendall(b"dy")
+            assert answer(held).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("sent", [b"\r\n", b"G"])
+def test_what_follows_an_answer_has_to_become_a_request(port: int, sent: bytes) -> None:
+    with connection(port) as held:
+        held.sendall(REQUEST + b"body")
+        answer(held)
+        held.sendall(sent)
+        assert is_ended(held)
