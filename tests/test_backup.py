@@ -165,6 +165,8 @@ def test_every_file_that_the_journal_needs_is_in_it_though_rounds_go_on(state: P
             backup.write(state, tmp_path / f"{number}.tar")
     for number in range(25):
         copy = extracted(tmp_path / f"{number}.tar", tmp_path / f"copy{number}") / "studies/s"
+        if not (copy / backup.JOURNAL).exists():  # of the moment before the first round
+            continue
         audit.verify(copy / backup.JOURNAL)
         lines = [json.loads(line) for line in (copy / backup.JOURNAL).read_text(encoding="utf-8").splitlines()]
         if not lines:
