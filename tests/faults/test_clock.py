@@ -17,7 +17,7 @@ from running import SITES, Federation, study
 
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 if (FOUND := find_spec("libfaketime")) is None:
     pytest.skip("libfaketime is for Linux on x86-64", allow_module_level=True)
@@ -55,7 +55,9 @@ def simulation(tmp_path: Path, tiny_phantom_sites: dict[str, Path]) -> Iterator[
         yield simulation
 
 
-@pytest.mark.parametrize("jump", ["+600s", "-600s"])
+@pytest.mark.parametrize(
+    "jump", [pytest.param("+600s", marks=pytest.mark.long), pytest.param("-600s", marks=pytest.mark.exhaustive)]
+)
 def test_a_clock_that_is_off_by_ten_minutes_costs_that_site_its_rounds_and_no_more(
     simulation: Shifted, jump: str
 ) -> None:
