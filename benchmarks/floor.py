@@ -43,6 +43,14 @@ from orchestrator.admin.simulate import Simulation, SiteOptions
 
 SITE = "hospital_a"
 ITERATIONS, VALIDATION = 250, 50
+ENTRY = """
+import sys
+import nnunetv2.run.run_training as training
+import nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs as trainers
+training.recursive_find_trainer_class_by_name = lambda name: getattr(trainers, name)
+training.run_training_entry()
+"""
+"""nnUNetv2_train without its search for a trainer: it imports them all, and some want a torchvision that fits torch."""
 
 
 def plain(preprocessed: Path, folder: Path, study: Study, epochs: int) -> list[float]:
@@ -58,11 +66,13 @@ def plain(preprocessed: Path, folder: Path, study: Study, epochs: int) -> list[f
     }
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | variables
     (folder / "raw").mkdir(parents=True)
-    command = [str(Path(sys.executable).with_name("nnUNetv2_train")), dataset, study.configuration, "all"]
-    subprocess.run(
+    command = [sys.executable, "-c", ENTRY, dataset, study.configuration, "all"]
+    done = subprocess.run(
         [*command, "-tr", f"nnUNetTrainer_{epochs}epochs", "-p", plans, "-device", "cpu"],
-        env=environment, check=True, capture_output=True, encoding="utf-8",
+        env=environment, check=False, capture_output=True, encoding="utf-8",
     )  # fmt: skip
+    if done.returncode != 0:
+        raise SystemExit(f"nnUNetv2_train ended with {done.returncode}:\n{done.stderr[-3000:]}")
     (log,) = folder.glob("results/*/*/fold_all/training_log_*.txt")
     return [float(found) for found in re.findall(r"Epoch time: ([\d.]+) s", log.read_text())]
 
