@@ -10,6 +10,7 @@ PACKAGES := federation appliance orchestrator
 PYTEST_ARGS ?=
 # Two processes for the tests: a federation waits as much as it computes. A file's tests stay in one, the long files first.
 WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Images: BASE=docker pulls a slim Python, BASE=debian makes one from Debian's packages where no registry is reached.
 DOCKER ?= docker
 TORCH ?= cpu
@@ -34,13 +35,13 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not exhaustive and not browser and not containers and not charts and not benchmark" \
-	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
+	    $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, a cascade, real data, the pages of the documentation
-	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m "long and not exhaustive" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m "long and not exhaustive" $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
 test-exhaustive: $(READY) ## each trainer, all folds, more processes killed, a disk that fails at every write (40 minutes)
-	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,exhaustive) -m exhaustive -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,exhaustive) -m exhaustive $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
 faults: $(READY) ## kill -9 at every transition, a disk that fails at every write (hours); figures in build/faults.json
 	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py tests/faults/test_disk.py $(PYTEST_ARGS)

@@ -44,7 +44,6 @@ from orchestrator.admin.simulate import Simulation, SiteOptions
 SITE = "hospital_a"
 ITERATIONS, VALIDATION = 250, 50
 ENTRY = """
-import sys
 import nnunetv2.run.run_training as training
 import nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs as trainers
 training.recursive_find_trainer_class_by_name = lambda name: getattr(trainers, name)

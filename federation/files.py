@@ -62,6 +62,10 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+UNFINISHED = (".*.writing-*", ".*.retired-*")
+"""Names of what is being written or replaced; where nobody does that, a process that was killed has left it."""
+
+
 def beside(path: Path) -> Path:
     """The name under which `path` is written before it is renamed."""
     return path.with_name(f".{path.name}.writing-{os.getpid()}")

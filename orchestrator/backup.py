@@ -30,7 +30,6 @@ FOLDER = ".backup"
 JOURNAL = "journal.jsonl"
 STUDIES = "studies"
 _ANEW = ("superlink.db", "logs", "cache", "flower", "lock", "status.json", "role-", FOLDER)
-_UNFINISHED = (".writing-", ".retired-")
 _TRIES, _PAUSE = 200, 0.05
 
 
@@ -146,7 +145,7 @@ def _same(path: Path, target: Path) -> int:
 
 
 def _unfinished(path: Path) -> bool:
-    return any(mark in path.name for mark in _UNFINISHED)
+    return any(path.match(pattern) for pattern in files.UNFINISHED)
 
 
 def _archive(moment: Path, sizes: dict[Path, int], name: str, stream: IO[bytes]) -> None:

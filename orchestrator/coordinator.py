@@ -48,7 +48,7 @@ from orchestrator.aggregation.shared_layers import SharedLayers, check_networks,
 from orchestrator.enrollment.authority import Authority
 from orchestrator.enrollment.ceremony import forgotten, put_out_revoked
 from orchestrator.enrollment.registry import Registry
-from orchestrator.journal import ENDED, Journal, StopRequested, withdraw_stop
+from orchestrator.journal import ENDED, Journal, StopRequested, read_study, withdraw_stop
 from orchestrator.rounds import Accept, Carrier, Errand, Exchange, Outcome
 from orchestrator.signatures import CoordinatorSignatures, Signatures
 from orchestrator.views import Views
@@ -644,11 +644,11 @@ def unfinished(settings: CoordinatorSettings) -> list[Study]:
     for folder in sorted(settings.studies.glob("*")):
         if (folder / "journal.jsonl").exists():
             try:
-                study = Study.model_validate(files.read_json(folder / "study.json"))
+                study = read_study(folder / "study.json")
                 if _goes_on(folder, study):
                     found.append(study)
-            except (FednnunetError, OSError, ValueError) as error:  # damaged, or of another version
-                log.error("study %s is left as it is: %s", folder.name[:12], str(error).splitlines()[0])
+            except (FednnunetError, OSError) as error:
+                log.error("study %s is left as it is: %s", folder.name[:12], error)
     return found
 
 

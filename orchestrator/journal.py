@@ -115,7 +115,8 @@ def withdraw_stop(folder: Path) -> None:
     (folder / STOP).unlink(missing_ok=True)
 
 
-def _read_study(path: Path) -> Study:
+def read_study(path: Path) -> Study:
+    """The study that a study.json holds; raises FNU-504 where it is none, or of another version."""
     try:
         return Study.model_validate(files.read_json(path))
     except ValueError as error:
@@ -130,7 +131,7 @@ class Journal:
         self.study = study
         recorded = folder / "study.json"
         if recorded.exists():
-            if _read_study(recorded).id != study.id:
+            if read_study(recorded).id != study.id:
                 raise FednnunetError(Code.JOURNAL_DAMAGED, f"{recorded} holds another study")
         else:
             files.write_json(recorded, study.model_dump(mode="json"))

@@ -78,9 +78,10 @@ class Workshop:
             "environment": dict(environment),
             "log": str(log.resolve()),
         }
-        while (status := self._ask(json.dumps(job))) is None:  # it was about to end of idleness
-            pass
-        return status
+        for _ in range(2):  # the first child may have been about to end of idleness
+            if (status := self._ask(json.dumps(job))) is not None:
+                return status
+        return 1
 
     def _ask(self, job: str) -> int | None:
         """The exit status of a job; None where the child has ended, in order, without taking it."""

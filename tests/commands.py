@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from federation.audit import read
 
 FEDNNUNET, ORCHESTRATOR, APPLIANCE = "orchestrator.admin.cli", "orchestrator.cli", "appliance.cli"
 COLUMNS, LINES = 100, 24
@@ -125,6 +128,17 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.05)
+
+
+def assert_nothing_half_written(folder: Path, but: str = "preprocessed") -> None:
+    """Every file that others read is whole, and outside folders named `but` nothing half written is left."""
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_bytes())
+    for path in folder.rglob("*.jsonl"):
+        assert read(path)
+        assert path.read_bytes().endswith(b"\n"), f"{path} has a torn line"
+    left = [path for path in folder.rglob(".*.writing-*") if but not in path.parts]
+    assert not left, left
 
 
 def phantom_study(sites: Sequence[str], **changes: Any) -> dict[str, Any]:

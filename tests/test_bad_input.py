@@ -26,6 +26,7 @@ from commands import (
     FEDNNUNET,
     ORCHESTRATOR,
     Done,
+    assert_nothing_half_written,
     begin,
     command,
     end,
@@ -37,7 +38,6 @@ from commands import (
     write_study,
 )
 
-from federation.audit import read
 from federation.processes import Lock, free_port
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
@@ -317,17 +317,6 @@ def fill(disk: Path) -> Path:
             except OSError:
                 continue
     return filler
-
-
-def assert_nothing_half_written(folder: Path) -> None:
-    """Every file that others read is whole; what is being written carries another name and is swept away."""
-    for path in folder.rglob("*.json"):
-        json.loads(path.read_bytes())
-    for path in folder.rglob("*.jsonl"):
-        assert read(path)
-        assert path.read_bytes().endswith(b"\n"), f"{path} has a torn line"
-    left = [path for path in folder.rglob(".*.writing-*") if "preprocessed" not in path.parts]
-    assert not left, left
 
 
 @pytest.mark.long

@@ -17,11 +17,9 @@ from federation.errors import Code, FednnunetError
 log = logging.getLogger("fednnunet.link")
 
 
-def look(settings: Settings) -> threading.Thread:
+def look(settings: Settings) -> None:
     """Compare this machine's clock with the orchestrator's, in a thread that holds up nobody."""
-    thread = threading.Thread(target=_say, args=(settings,), daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=_say, args=(settings,), daemon=True).start()
 
 
 def _say(settings: Settings) -> None:

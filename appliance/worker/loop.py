@@ -128,7 +128,7 @@ class Worker:
         """Take away what a killed worker had half written."""
         shutil.rmtree(self.outgoing, ignore_errors=True)
         for root in (self.settings.work, self.spool.outbox):
-            for pattern in (".*.writing-*", ".*.retired-*"):
+            for pattern in files.UNFINISHED:
                 for path in list(root.rglob(pattern)):
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,11 +30,12 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_phantom_sites: dict[str,
 @pytest.fixture
 def killing(
     tmp_path: Path, tiny_phantom_sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Simulation, Path]]:
+) -> tuple[Simulation, Path]:
+    """A federation whose processes tests/faults/crash kills, and the folder of its record."""
     folder = tmp_path / "crash"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", f"{CRASH}:{REPOSITORY}")
     monkeypatch.setenv("FAULTS_CRASH", str(folder))
     monkeypatch.setenv("FAULTS_SHARE", str(SHARE))
     sites = {name: tiny_phantom_sites[name] for name in SITES}
-    return iter([(Simulation(tmp_path / "state", sites, SiteOptions(threads=1)), folder)])
+    return Simulation(tmp_path / "state", sites, SiteOptions(threads=1)), folder

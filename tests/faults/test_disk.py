@@ -7,15 +7,13 @@ has freed space, until it is done; its weights are those of a study that nothing
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import assert_nothing_half_written
 from running import SITES, Federation, study, told, write_table
 
-from federation.audit import read, verify
 from federation.errors import Code, FednnunetError
 from federation.study import Study
 from orchestrator.admin.simulate import Simulation
@@ -26,11 +24,11 @@ pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(3000)]
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
 @pytest.mark.parametrize("role", ["coordinator", "link-hospital_a", "worker-hospital_a"])
 def test_a_disk_that_fails_at_every_write_is_said_by_number_and_nothing_is_torn(
-    killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch, role: str, kind: str
+    killing: tuple[Simulation, Path], calm: str, monkeypatch: pytest.MonkeyPatch, role: str, kind: str
 ) -> None:
     monkeypatch.setenv("FAULTS_ROLES", role)
     monkeypatch.setenv("FAULTS_DISK", kind)
-    simulation, folder = next(killing)
+    simulation, folder = killing
     disturbed = study("disturbed", round_deadline=1200, step_deadline=1200)
     began, errors = time.monotonic(), 0
     with simulation.running():
@@ -42,7 +40,8 @@ def test_a_disk_that_fails_at_every_write_is_said_by_number_and_nothing_is_torn(
     failed = [line["label"] for line in told(folder) if line["what"] == "disk"]
     assert failed
     assert federation.digest(disturbed) == calm
-    assert_nothing_is_torn(simulation.state)
+    assert_nothing_half_written(simulation.state, but="worker")
+    assert sorted(path.name for path in (simulation.state / "sites").iterdir()) == list(SITES)
     starts = sum(line["what"] == "start" for line in told(folder))
     row = {
         "failed writes": len(failed),
@@ -60,15 +59,3 @@ def ended_by(federation: Federation, study: Study) -> FednnunetError | None:
     except FednnunetError as error:
         return error
     return None
-
-
-def assert_nothing_is_torn(state: Path) -> None:
-    """Every file that others read is whole, and nothing half written is left but in a worker's own folder."""
-    for path in state.rglob("*.json"):
-        json.loads(path.read_bytes())
-    for path in state.rglob("*.jsonl"):
-        assert read(path)
-        verify(path)
-    left = [path for path in state.rglob(".*.writing-*") if "worker" not in path.parts]
-    assert not left, left
-    assert sorted(path.name for path in (state / "sites").iterdir()) == list(SITES)

@@ -15,7 +15,6 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,10 @@ def figures(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     ids=lambda roles: roles[0].partition("-")[0],
 )
 def test_killed_at_every_transition_the_study_ends_in_the_same_bytes(
-    killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch, roles: list[str]
+    killing: tuple[Simulation, Path], calm: str, monkeypatch: pytest.MonkeyPatch, roles: list[str]
 ) -> None:
     monkeypatch.setenv("FAULTS_ROLES", ",".join(roles))
-    simulation, folder = next(killing)
+    simulation, folder = killing
     disturbed = study("disturbed", round_deadline=1200, step_deadline=1200)
     began = time.monotonic()
     with simulation.running():
@@ -84,10 +83,10 @@ def test_killed_at_every_transition_the_study_ends_in_the_same_bytes(
 
 @pytest.mark.exhaustive
 def test_superlink_and_supernode_killed_at_random_times(
-    killing: Iterator[tuple[Simulation, Path]], calm: str, monkeypatch: pytest.MonkeyPatch
+    killing: tuple[Simulation, Path], calm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULTS_ROLES", "")
-    simulation, _ = next(killing)
+    simulation, _ = killing
     chance, most = random.Random(8), max(3, 24 // SHARE)
     kills: list[tuple[str, float]] = []
     over = threading.Event()
