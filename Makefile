@@ -40,10 +40,10 @@ test: $(READY) ## unit tests and whole federations on this machine (about 15 min
 test-long: $(READY) ## whole studies for rarer cases: full disks, a cascade, real data, the pages of the documentation
 	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m "long and not exhaustive" $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
-test-exhaustive: $(READY) ## each trainer, all folds, more processes killed, a disk that fails at every write (40 minutes)
+test-exhaustive: $(READY) ## each trainer, all folds, more processes killed, a disk that fails at every write (long)
 	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,exhaustive) -m exhaustive $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
-faults: $(READY) ## kill -9 at every transition, a disk that fails at every write (hours); figures in build/faults.json
+faults: $(READY) ## kill -9 at every transition, a disk that fails at every write (very long); figures in build/faults.json
 	@$(ONE_THREAD) FAULTS_SHARE=1 $(BIN)/python -m pytest tests/faults/test_every_transition.py tests/faults/test_disk.py $(PYTEST_ARGS)
 
 test-browser: $(READY) ## reports and the web page in a real browser (needs Chromium: apt-get install chromium)
