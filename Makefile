@@ -24,7 +24,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-exhaustive faults test-browser test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
+.PHONY: help demo test test-long test-exhaustive faults test-browser test-gpu test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -34,7 +34,7 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 	@$(BIN)/fednnunet simulate demo
 
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not exhaustive and not browser and not containers and not charts and not benchmark" \
+	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not exhaustive and not browser and not containers and not charts and not gpu and not benchmark" \
 	    $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, a cascade, real data, the pages of the documentation
@@ -48,6 +48,9 @@ faults: $(READY) ## kill -9 at every transition, a disk that fails at every writ
 
 test-browser: $(READY) ## reports and the web page in a real browser (needs Chromium: apt-get install chromium)
 	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,browser) -m browser --durations=10 $(PYTEST_ARGS)
+
+test-gpu: $(READY) ## the worker on a CUDA device: mixed precision, memory, a device that is lost (skipped without one)
+	@$(BIN)/python -m pytest $(call marked,gpu) -m gpu --durations=10 $(PYTEST_ARGS)
 
 test-containers: $(READY) image helm-tools ## real images, compose federations, pods, bundles (needs a running Docker engine)
 	@$(BIN)/python -m pytest $(call marked,containers) -m containers --durations=10 $(PYTEST_ARGS)

@@ -1,16 +1,19 @@
 """The distance to the floor: a federated epoch beside one of `nnUNetv2_train`, and what a round costs besides.
 
-    python benchmarks/floor.py [--epochs 5] [--output floor.json]
+    python benchmarks/floor.py [--network small] [--device cpu] [--epochs 5] [--iterations 250] [--output floor.json]
 
-One hospital (phantom, synthetic), nnU-Net's own 250 + 50 iterations an epoch, one epoch a round; the real network and
-the real processes on this machine. `nnUNetv2_train`, as it comes, trains on the very files that the site has
-preprocessed, with the same plans, once before and once after the federation, so that a machine that becomes slower is
-seen. Both use all cores and no process for augmentation (`nnUNet_n_proc_DA=0`).
+One hospital (phantom, synthetic), one epoch a round, the real processes on this machine; `nnUNetv2_train` trains on the
+very files that the site has preprocessed, with the same plans and iterations, once before and once after the
+federation, so that a machine that becomes slower is seen. On a CPU both use all cores and no process for augmentation
+(`nnUNet_n_proc_DA=0`); on a GPU both have nnU-Net's own choices: mixed precision, torch.compile, its loader processes.
 
 - epoch: train and validation iterations; nnU-Net's "Epoch time" beside the site's report; medians, the first left out.
 - round: what benchmarks/rounds.py splits, from the task's push to the next global weights.
-- start: `appliance start` until the site is online; `study submit` until the first training iteration, and how much of
+- start: `appliance start` until the site is online; `study submit` until the first round's task, and how much of
   that is fingerprint, planning and preprocessing.
+
+`--poll` is the pause of coordinator, link and supernode at first; they look less often the longer they wait. 0.5 is the
+product's own, `fednnunet simulate` has 0.2. benchmarks/gpu.py does the same for larger networks, with their memory.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +42,50 @@ from rounds import split
 from federation.audit import read
 from federation.study import Study, parse
 from federation.tasks import parse_result
-from orchestrator.admin.phantom import make_phantom_sites, phantom_study
+from orchestrator.admin.phantom import SITES, make_phantom_sites, phantom_study
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
 SITE = "hospital_a"
-ITERATIONS, VALIDATION = 250, 50
+LARGE = replace(SITES[SITE], training_cases=6, test_cases=1, shape=(140, 144, 148))
+NETWORKS = {
+    "small": ("SmallUNetPlanner", SITES[SITE]),
+    "default": ("ExperimentPlanner", LARGE),
+    "resenc_l": ("nnUNetPlannerResEncL", LARGE),
+}
+"""Planner and data; from volumes of about 144 voxels a side nnU-Net plans its networks of 31 M and 102 M parameters."""
 ENTRY = """
+import os
 import nnunetv2.run.run_training as training
-import nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs as trainers
-training.recursive_find_trainer_class_by_name = lambda name: getattr(trainers, name)
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Base
+EPOCHS, ITERATIONS, VALIDATION = (int(os.environ[f"FLOOR_{name}"]) for name in ("EPOCHS", "ITERATIONS", "VALIDATION"))
+
+class nnUNetTrainer(Base):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = EPOCHS
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = ITERATIONS, VALIDATION
+
+    def perform_actual_validation(self, *arguments, **named):
+        pass
+
+training.recursive_find_trainer_class_by_name = lambda name: nnUNetTrainer
 training.run_training_entry()
 """
-"""nnUNetv2_train without its search for a trainer: it imports them all, and some want a torchvision that fits torch."""
+"""nnUNetv2_train with as many epochs and iterations as ours, without the prediction of whole cases at its end.
+
+Without its search for a trainer, too: that imports them all, and some want a torchvision that fits torch."""
 
 
-def plain(preprocessed: Path, folder: Path, study: Study, epochs: int) -> list[float]:
+@dataclass(frozen=True)
+class Amount:
+    """How much is trained: epochs, and iterations of training and validation in each."""
+
+    epochs: int
+    iterations: int
+    validation: int
+
+
+def plain(preprocessed: Path, folder: Path, study: Study, amount: Amount, device: str) -> list[float]:
     """Seconds of each epoch of `nnUNetv2_train` on a site's preprocessed data, as its log says."""
     (dataset,) = (path.name for path in preprocessed.iterdir() if path.name.startswith("Dataset"))
     (plans,) = (path.stem for path in (preprocessed / dataset).glob("*Plans.json"))
@@ -60,14 +93,16 @@ def plain(preprocessed: Path, folder: Path, study: Study, epochs: int) -> list[f
         "nnUNet_raw": str(folder / "raw"),
         "nnUNet_preprocessed": str(preprocessed),
         "nnUNet_results": str(folder / "results"),
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_compile": "f",
+        "FLOOR_EPOCHS": str(amount.epochs),
+        "FLOOR_ITERATIONS": str(amount.iterations),
+        "FLOOR_VALIDATION": str(amount.validation),
     }
+    if device == "cpu":
+        variables |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | variables
     (folder / "raw").mkdir(parents=True)
-    command = [sys.executable, "-c", ENTRY, dataset, study.configuration, "all"]
     done = subprocess.run(
-        [*command, "-tr", f"nnUNetTrainer_{epochs}epochs", "-p", plans, "-device", "cpu"],
+        [sys.executable, "-c", ENTRY, dataset, study.configuration, "all", "-p", plans, "-device", device],
         env=environment, check=False, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     if done.returncode != 0:
@@ -109,73 +144,99 @@ def starting(simulation: Simulation, study: Study, site_started: float, submitte
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5, choices=[5, 10, 20])
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    threads = os.cpu_count() or 1
+def studies(network: str, amount: Amount) -> tuple[Study, Study]:
+    """A study of one short round, which leaves preprocessed data, and the one that is measured."""
+    planner = {"planner": NETWORKS[network][0]}
+    fields = phantom_study([SITE], amount.epochs, amount.iterations) | planner
+    return (
+        parse(fields | {"name": "first", "rounds": 1, "iterations_per_epoch": 2}),
+        parse(fields | {"name": "floor", "validation_iterations_per_epoch": amount.validation}),
+    )
+
+
+def measure(network: str, amount: Amount, options: SiteOptions) -> dict[str, Any]:
+    """Plain, federated, plain; see the module."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         here = Path(name)
-        data = make_phantom_sites(here / "hospitals")
-        fields = phantom_study([SITE], arguments.epochs, ITERATIONS)
-        first = parse(fields | {"name": "first", "rounds": 1, "iterations_per_epoch": 2})
-        study = parse(fields | {"name": "floor", "validation_iterations_per_epoch": VALIDATION})
-        simulation = Simulation(here / "state", {SITE: data[SITE]}, SiteOptions(threads=threads))
+        data = make_phantom_sites(here / "hospitals", {SITE: NETWORKS[network][1]})
+        first, study = studies(network, amount)
+        simulation = Simulation(here / "state", data, options)
         began = time.time()
         with simulation.running():
             submitted = time.time()
             simulation.conduct(first, Console(file=io.StringIO()))
             begin = starting(simulation, first, began, submitted)
         preprocessed = simulation.state / "sites" / SITE / "state" / "worker" / first.id / "nnUNet_preprocessed"
-        before = plain(preprocessed, here / "before", first, arguments.epochs)
+        before = plain(preprocessed, here / "before", first, amount, options.device)
         with simulation.running():
             simulation.conduct(study, Console(file=io.StringIO()))
             ours, rows = federated(simulation, study), split(simulation, study)
-        after = plain(preprocessed, here / "after", first, arguments.epochs)
-
+        after = plain(preprocessed, here / "after", first, amount, options.device)
     floor = statistics.median(before[1:] + after[1:])
-    epoch = {
-        "nnUNetv2_train, before": statistics.median(before[1:]),
-        "federated": statistics.median(ours[1:]),
-        "nnUNetv2_train, after": statistics.median(after[1:]),
+    keys = ("down", "checkpoint", "other", "up", "aggregate")
+    return {
+        "network": network,
+        "device": options.device,
+        "epoch": {"before": before, "federated": ours, "after": after},
+        "floor": floor,
+        "ratio": statistics.median(ours[1:]) / floor,
+        "rounds": rows,
+        "besides": {key: statistics.median(row[key] for row in rows[1:]) for key in keys},
+        "start": begin,
+        "threads": options.threads,
+        "poll": options.poll,
     }
-    ratio = epoch["federated"] / floor
-    later = rows[1:]
-    parts = {
-        key: statistics.median(row[key] for row in later) for key in ("down", "checkpoint", "other", "up", "aggregate")
-    }
-    console = Console(width=110)
-    table = Table(title=f"seconds of an epoch ({ITERATIONS} + {VALIDATION} iterations, {threads} threads), medians")
+
+
+def tables(found: dict[str, Any], amount: Amount) -> list[Table]:
+    """What was measured, for people."""
+    floor, besides = found["floor"], found["besides"]
+    epoch = Table(
+        title=f"seconds of an epoch ({amount.iterations} + {amount.validation} iterations), "
+        f"{found['network']} network, {found['device']}, medians"
+    )
     for column in ("", "s", "of the floor"):
-        table.add_column(column, justify="left" if not column else "right")
-    for title, value in epoch.items():
-        table.add_row(title, f"{value:.2f}", f"{value / floor:.3f}")
-    console.print(table)
-    table = Table(title="what a round costs besides, s (median of the later rounds)")
-    for column in (*parts, "together", "in % of the round"):
-        table.add_column(column, justify="right")
-    spent = sum(parts.values())
-    whole = statistics.median(row["total"] for row in later)
-    table.add_row(*(f"{value:.2f}" for value in parts.values()), f"{spent:.2f}", f"{100 * spent / whole:.1f}")
-    console.print(table)
-    table = Table(title="starting, s")
+        epoch.add_column(column, justify="left" if not column else "right")
+    titles = {"before": "nnUNetv2_train, before", "federated": "federated", "after": "nnUNetv2_train, after"}
+    for key, title in titles.items():
+        value = statistics.median(found["epoch"][key][1:])
+        epoch.add_row(title, f"{value:.2f}", f"{value / floor:.3f}")
+    cost = Table(title="what a round costs besides, s (median of the later rounds)")
+    for column in (*besides, "together", "in % of the round"):
+        cost.add_column(column, justify="right")
+    spent = sum(besides.values())
+    whole = statistics.median(row["total"] for row in found["rounds"][1:])
+    cost.add_row(*(f"{value:.2f}" for value in besides.values()), f"{spent:.2f}", f"{100 * spent / whole:.1f}")
+    start = Table(title="starting, s")
     for title in ("", "s"):
-        table.add_column(title)
-    for title, value in begin.items():
-        table.add_row(title, f"{value:.2f}")
-    console.print(table)
+        start.add_column(title)
+    for title, value in found["start"].items():
+        start.add_row(title, f"{value:.2f}")
+    return [epoch, cost, start]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=list(NETWORKS), default="small")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=250)
+    parser.add_argument("--validation-iterations", type=int, default=50)
+    parser.add_argument("--poll", type=float, default=SiteOptions.poll)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    amount = Amount(arguments.epochs, arguments.iterations, arguments.validation_iterations)
+    if amount.epochs < 2:
+        parser.error("--epochs: 2 or more, the first one is left out")
+    options = replace(SiteOptions.for_device(arguments.device, 1), poll=arguments.poll)
+    if arguments.device == "cpu":
+        options = replace(options, threads=os.cpu_count())
+    found = measure(arguments.network, amount, options)
+    for table in tables(found, amount):
+        Console(width=110).print(table)
     if arguments.output:
-        record = {
-            "epoch": {"before": before, "federated": ours, "after": after},
-            "ratio": ratio,
-            "rounds": rows,
-            "besides": parts,
-            "start": begin,
-            "threads": threads,
-        }
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from appliance.spool import Spool
 from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
 from federation import signing, tasks, weights
 from federation.flower import clients
-from federation.flower.supernode import pause
+from federation.flower.supernode import PATIENCE
 from federation.flower.transfer import Transfer, content, file_array
+from federation.patience import pause
 from federation.tasks import Kind, Result, Task
 
 CASES = 40
@@ -232,7 +233,7 @@ class LightClient(threading.Thread):
         request = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT)
         node = Node(node_id=self._client.ActivateNode(request).node_id)
         beaten = worked = time.monotonic()
-        while not self._stopped.wait(pause(self._poll, time.monotonic() - worked)):
+        while not self._stopped.wait(pause(self._poll, time.monotonic() - worked, PATIENCE)):
             if time.monotonic() - beaten > HEARTBEAT / 2:
                 self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT))
                 beaten = time.monotonic()

@@ -27,6 +27,7 @@ from federation import files, logs
 from federation.errors import Code, FednnunetError
 from federation.flower.runner import SITE_LOST, Node
 from federation.flower.transfer import Ready, Received, file_array
+from federation.patience import pause
 from federation.tasks import Result, Task, parse_result
 from orchestrator.admission import check_answer
 from orchestrator.journal import Journal
@@ -36,6 +37,8 @@ log = logging.getLogger("fednnunet.rounds")
 
 MAX_ATTEMPTS = 5
 LOOK_AT_NODES = 1.0  # seconds between two looks at who is online
+PATIENCE = 0.01
+"""A look for answers comes late by at most this share of what has been waited for one."""
 LAST_WORDS = 20.0
 """Seconds that an exchange which cannot succeed any more still listens, so that a person reads the faults of all sites
 at once and not of the quickest alone."""
@@ -100,7 +103,7 @@ class Exchange:
     signatures : Signatures
         Signs what is sent and opens what comes back.
     poll : float
-        Seconds between two looks for answers.
+        Seconds between two looks for answers, while one is expected.
     """
 
     def __init__(self, carrier: Carrier, journal: Journal, signatures: Signatures, poll: float) -> None:
@@ -174,7 +177,7 @@ class Exchange:
         reasons: dict[str, str] = {}
         nodes: dict[str, Node] = {}
         end, looked, expired = time.monotonic() + deadline, 0.0, threading.Event()
-        hopeless = 0.0
+        hopeless, heard = 0.0, time.monotonic()
 
         def open_sites() -> list[str]:
             return [site for site in everyone if site not in outcome.answers and site not in outcome.missing]
@@ -205,6 +208,7 @@ class Exchange:
                             continue
                         again = "" if sent is None else "the site restarted"
                         outstanding[site] = self._send(node, errand(site, site in full), end - now + 60, again)
+                        heard = time.monotonic()
                         reasons[site] = "no answer before the deadline"
                     waiting = {sent.message_id: site for site, sent in outstanding.items()}
                     for ready in self._carrier.ready(list(waiting)) if waiting else []:
@@ -214,16 +218,19 @@ class Exchange:
                         sent = outstanding.pop(site)
                         future = pool.submit(self._fetch, ready, sent, max_weights, expired.is_set)
                         fetching[future] = (site, sent)
-                    done = [future for future in fetching if future.done()]
+                    now = time.monotonic()
+                    wait = min(pause(self._poll, now - heard, PATIENCE), max(0.0, end - now))
+                    if not fetching:
+                        time.sleep(wait)
+                    done = concurrent.futures.wait(fetching, wait, concurrent.futures.FIRST_COMPLETED).done
                     for future in done:
+                        heard = time.monotonic()
                         site, sent = fetching.pop(future)
                         verdict = self._settle(site, sent, future, accept, outcome)
                         if verdict == "full":
                             full.add(site)
                         elif verdict == "again":
                             not_before[site] = time.monotonic() + LOOK_AT_NODES
-                    if not done:
-                        time.sleep(self._poll)
             finally:
                 expired.set()
         for site in open_sites():

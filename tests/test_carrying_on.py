@@ -13,7 +13,7 @@ from journals import Written
 
 from federation.flower import clients
 from federation.flower.clients import UnderWay
-from federation.flower.supernode import PATIENCE, SLOWEST, pause
+from federation.patience import SLOWEST, pause
 from federation.study import Study, parse
 from orchestrator import coordinator, selftest
 from orchestrator.coordinator import CoordinatorSettings
@@ -81,10 +81,10 @@ def test_a_self_test_goes_on_and_what_cannot_be_read_is_put_away(tmp_path: Path)
 
 
 def test_who_has_waited_for_long_looks_less_often_and_never_much_too_late() -> None:
-    assert pause(0.5, 0.0) == 0.5
-    assert pause(0.5, 100.0) == PATIENCE * 100.0
-    assert pause(0.5, 1e6) == SLOWEST
-    assert pause(10.0, 1e6) == SLOWEST
+    assert pause(0.5, 0.0, 0.02) == 0.5
+    assert pause(0.5, 100.0, 0.02) == 2.0
+    assert pause(0.5, 1e6, 0.02) == SLOWEST
+    assert pause(10.0, 1e6, 0.02) == SLOWEST
 
 
 @pytest.mark.parametrize(

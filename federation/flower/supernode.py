@@ -12,7 +12,9 @@ import contextlib
 import importlib
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,38 +26,46 @@ from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import update_console_handler
 
 from federation.flower import clients
+from federation.patience import SLOWEST, pause
 
 _cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
 
 
-SLOWEST = 3.0
-"""Seconds: Flower's own pause between two looks for a message."""
 PATIENCE = 0.02
-"""A look comes late by at most this share of what has been waited for it."""
-
-
-def pause(poll: float, waited: float) -> float:
-    """Seconds until the next look for a message, for a node that has waited so long already.
-
-    Every look of every site costs the SuperLink some milliseconds: who has waited for minutes looks less often.
-    """
-    return min(SLOWEST, max(poll, PATIENCE * waited))
+"""A look for a message comes late by at most this share of what has been waited for it: every look of every site costs
+the SuperLink some milliseconds."""
 
 
 class _Clock:
-    """Stands in for the `time` module in Flower's loop: it sleeps `SLOWEST` between looks, less while it works."""
+    """Stands in for the `time` module in Flower's loop.
+
+    It sleeps Flower's long pause between two looks at the SuperLink, less while there is work, and is woken from the
+    short ones, in which Flower waits for the link, by whatever the link hands over.
+    """
 
     def __init__(self, poll: float) -> None:
         self._poll, self.time = poll, time.time
         self._worked = time.monotonic()
+        self._arrived = threading.Event()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than the poll, or `pause` where nothing came."""
+        """Sleep until the link hands something over, at most the poll; or `pause` where nothing came."""
         if seconds < SLOWEST:
             self._worked = time.monotonic()
-            time.sleep(min(seconds, self._poll))
+            if self._arrived.wait(min(seconds, self._poll)):
+                self._arrived.clear()
         else:
-            time.sleep(pause(self._poll, time.monotonic() - self._worked))
+            time.sleep(pause(self._poll, time.monotonic() - self._worked, PATIENCE))
+
+    def waking(self, store: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that stores what the link hands over, and wakes the loop once it has."""
+
+        def stored(*arguments: Any, **named: Any) -> Any:
+            result = store(*arguments, **named)
+            self._arrived.set()
+            return result
+
+        return stored
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
     flower: dict[str, Any] = {"leases": corestate, "retry": fleet_connection, "loop": loop, "cli": _cli}
     flower["leases"].HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
     flower["retry"].make_simple_http_retry_invoker = clients.supernode_retry
-    flower["loop"].time = _Clock(poll)
+    flower["loop"].time = clock = _Clock(poll)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         (function.__kwdefaults__ or {}).update(initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)
     if files.node_id.exists():
@@ -105,6 +115,9 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
             files.node_id.write_text(str(node_id))
 
         state.set_node_id = remember
+        state.store_message = clock.waking(state.store_message)
+        store = state_factory.objectstore_factory.store()
+        store.put = clock.waking(store.put)
         start(state_factory=state_factory, **arguments)
 
     flower["cli"].start_client_internal = remembering

@@ -1,0 +1,131 @@
+"""On a GPU: a federated epoch beside one of `nnUNetv2_train`, first and later rounds, and the GPU's memory over rounds.
+
+    python benchmarks/gpu.py [--networks default resenc_l] [--epochs 4] [--rounds 50] [--output gpu.json]
+
+Needs one CUDA device that nobody else uses, a C compiler (torch.compile), and about 10 GB of disk; makes its own data
+(synthetic volumes of about 144 voxels a side, for which nnU-Net plans its networks of 31 M and 102 M parameters). Mixed
+precision, torch.compile and nnU-Net's own number of loader processes, on both sides (benchmarks/floor.py).
+
+Then a study of many short rounds with the first network: what a round takes, and the most memory that the device had in
+use during each, as nvidia-smi says it. Memory that grows with the rounds would end a long study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from floor import NETWORKS, SITE, Amount, measure, tables
+from rounds import seconds, split
+
+from federation.audit import read
+from federation.study import parse
+from orchestrator.admin.phantom import make_phantom_sites, phantom_study
+from orchestrator.admin.simulate import Simulation, SiteOptions
+
+GPU = ["nvidia-smi", "--format=csv,noheader,nounits"]
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[list[tuple[float, int]]]:
+    """Moments (seconds since 1970) and MiB in use on the device, while the context is open."""
+    found: list[tuple[float, int]] = []
+    process = subprocess.Popen(
+        [*GPU, "--query-gpu=memory.used", "--loop-ms=200"], stdout=subprocess.PIPE, encoding="utf-8"
+    )
+
+    def follow() -> None:
+        assert process.stdout is not None
+        found.extend((time.time(), int(line)) for line in process.stdout)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield found
+    finally:
+        process.terminate()
+        process.wait()
+        thread.join()
+
+
+def over_rounds(network: str, rounds: int, iterations: int, options: SiteOptions) -> list[dict[str, Any]]:
+    """Many short rounds: the split of each, and the most memory in use during it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        planner, site = NETWORKS[network]
+        data = make_phantom_sites(Path(name) / "hospitals", {SITE: site})
+        study = parse(phantom_study([SITE], rounds, iterations) | {"name": "rounds", "planner": planner})
+        simulation = Simulation(Path(name) / "state", data, options)
+        with memory() as used, simulation.running():
+            simulation.conduct(study, Console(file=io.StringIO()))
+            rows = split(simulation, study)
+        lines = read(simulation.study_folder(study) / "journal.jsonl")
+    for row in rows:
+        key = f"train-fold_all-{row['round']:04d}"
+        begin = next(seconds(line) for line in lines if line["event"] == "asked" and line["key"] == key)
+        end = next(seconds(line) for line in lines if line["event"] == "answered" and line["key"] == key)
+        row["gpu_mib"] = max((mib for moment, mib in used if begin <= moment <= end), default=0)
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), default=["default", "resenc_l"])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=250)
+    parser.add_argument("--validation-iterations", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--short-iterations", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    amount = Amount(arguments.epochs, arguments.iterations, arguments.validation_iterations)
+    options = replace(SiteOptions.for_device("cuda", 1), poll=0.5)  # as a hospital has it
+    device = subprocess.run(
+        [*GPU, "--query-gpu=name,driver_version"], check=True, capture_output=True, encoding="utf-8"
+    ).stdout.strip()
+    record: dict[str, Any] = {"device": device, "floor": [], "rounds": []}
+    console = Console(width=110)
+    console.print(device)
+
+    def keep() -> None:
+        if arguments.output:
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    for network in arguments.networks:
+        found = measure(network, amount, options)
+        record["floor"].append(found)
+        for table in tables(found, amount):
+            console.print(table)
+        keep()
+    if arguments.rounds:
+        rows = record["rounds"] = over_rounds("default", arguments.rounds, arguments.short_iterations, options)
+        table = Table(title=f"{arguments.rounds} rounds of {arguments.short_iterations} iterations, default network")
+        columns = ("round", "total", "start", "down", "train", "validation", "checkpoint", "other", "up", "aggregate")
+        for column in (*columns, "GPU MiB"):
+            table.add_column(column, justify="right")
+        half = len(rows) // 2
+        for title, part in (("1", rows[:1]), (f"2 to {half}", rows[1:half]), (f"{half + 1} on", rows[half:])):
+            middle = (f"{statistics.median(row[column] for row in part):.2f}" for column in columns[1:])
+            table.add_row(title, *middle, str(max(row["gpu_mib"] for row in part)))
+        console.print(table)
+        keep()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""How often to look for what nobody announces: less often the longer it has been waited for.
+
+A look costs both ends some milliseconds of a processor, which on a small machine are taken from training, and at the
+orchestrator from the other sites. Late by a share of what has been waited, a look is late by that share at most.
+"""
+
+from __future__ import annotations
+
+SLOWEST = 3.0
+"""Seconds: Flower's own pause between two looks for a message."""
+
+
+def pause(poll: float, waited: float, share: float) -> float:
+    """Seconds until the next look.
+
+    Parameters
+    ----------
+    poll : float
+        Seconds between two looks at first.
+    waited : float
+        Seconds since something came.
+    share : float
+        The part of `waited` by which a look may come late.
+
+    Returns
+    -------
+    float
+        From `poll` up to `SLOWEST`.
+    """
+    return min(SLOWEST, max(poll, share * waited))
