@@ -15,7 +15,7 @@ import pytest
 import torch
 from worker_site import Site, initial_weights, make_settings, make_study, prepared_site, shared_site, write_site
 
-from appliance.worker import training
+from appliance.worker import loop, training
 from federation import files, native, tasks, weights
 from federation.errors import Code, FednnunetError
 
@@ -241,6 +241,33 @@ def test_out_of_memory_is_its_own_code_and_the_next_attempt_begins_afresh(
     again = site.ask(site.task(TRAIN, 2, attempt=2), initial_weights())
     assert again.failure is None
     assert again.attempt == 2
+
+
+def test_a_lost_device_is_answered_before_anything_that_it_has_touched_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch aborts the process where a pinned tensor of a lost device is freed: seen on an H200 (tests/test_gpu.py)."""
+    site = prepared_site(tmp_path)
+    task, freed = site.task(TRAIN, 1), []
+
+    class Batch:
+        def __del__(self) -> None:
+            freed.append(site.spool.result(task))
+
+    def lost(*_: object) -> None:
+        batch = Batch()
+        raise RuntimeError(f"CUDA error: device-side assert triggered, {batch is None}")
+
+    monkeypatch.setattr(loop, "LOST", [])
+    monkeypatch.setattr(training.FoldTrainer, "_steps", lost)
+    site.put(task, initial_weights())
+    assert not site.worker.handle(site.spool.waiting()[0])
+    assert freed == []
+    assert site.worker.trainer in loop.LOST
+    result = site.spool.result(task)
+    assert result is not None
+    assert codes(result) == [Code.TRAINING_FAILED.number]
+    site.worker._close()
 
 
 def test_a_loss_that_is_not_finite_is_a_failure_not_an_update(tmp_path: Path) -> None:

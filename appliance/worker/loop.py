@@ -6,6 +6,7 @@ Rules:
   done from its beginning when it is met again.
 - A failure is an answer too: numbers of the catalogue and counts. Its traceback lies at the site, in
   `work/STUDY/log`, and goes to stderr.
+- A device that is lost to the process (a CUDA error that is not about memory) ends the process, after the answer.
 - A task that has killed so many workers in a row (the kernel does, when memory runs out) is answered with FNU-412,
   instead of killing the next one for ever. `work/lives.json` counts.
 - The trainer lives from round to round. It ends with its fold, with a failure, when another fold is asked for, and
@@ -51,6 +52,8 @@ FAILED = {
 RETRY = {Code.BASE_MISSING, Code.WEIGHTS_DAMAGED}
 PAUSE = 5.0
 """Seconds before a worker that cannot write its answer tries again."""
+LOST: list[object] = []
+"""What a lost device has touched, until the process ends: torch aborts the process where such a tensor is freed."""
 LIVES = 3
 """Workers that may die at one attempt at a task."""
 Answer = tuple[tasks.Result, Path | None]
@@ -430,17 +433,25 @@ class Worker:
     def _after_failure(self, error: Exception, task: tasks.Task) -> bool:
         """Keep the traceback, throw the trainer away; True when the device is lost to this process."""
         self._report(error, task)
+        if self._is_device_lost(error):
+            LOST.extend((error, self.trainer))
+            return True
         traceback.clear_frames(error.__traceback__)  # they hold tensors
         with contextlib.suppress(Exception):  # loaders that are dead already
             self._close()
+        if "torch" in sys.modules:
+            from appliance.worker.training import release_memory
+
+            release_memory()
+        return False
+
+    @staticmethod
+    def _is_device_lost(error: Exception) -> bool:
         if "torch" not in sys.modules:
             return False
-        from appliance.worker.training import device_is_lost, release_memory
+        from appliance.worker.training import device_is_lost
 
-        if device_is_lost(error):
-            return True
-        release_memory()
-        return False
+        return device_is_lost(error)
 
     def _report(self, error: Exception, task: tasks.Task | None) -> None:
         text = "".join(traceback.format_exception(error))
