@@ -5,6 +5,8 @@
 - transfer.py   messages with a JSON body and one weights file, moved chunk by chunk from disk to disk
 - runner.py     the resident runner that takes one task after the other without a new process
 - superlink.py  Flower's SuperLink behind two listeners
+- state.py, objects.py, lean.py, impatient.py  the SuperLink's state, objects, middlewares and HTTP, with less to do
+- intake.py     the one path beside Flower's that hospitals reach
 - supernode.py  Flower's SuperNode with a shorter poll and a restart that is let in
 
 Rules:

@@ -37,7 +37,7 @@ from flwr.supercore.logger import update_console_handler
 from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
-from federation.flower import lean, state
+from federation.flower import lean, objects, state
 from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
 
@@ -174,6 +174,7 @@ def serve(
     ]
     open_many_files()
     state.use()
+    objects.use()
     config = _cli._parse_superlink_lifespan_config()
     update_console_handler(level="WARNING", timestamps=True, colored=False)
     app = create_app(config, _cli.SuperLinkLifespan)
