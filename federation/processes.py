@@ -141,7 +141,7 @@ def check_room(folder: Path) -> None:
         raise FednnunetError(Code.DISK_FULL, f"{folder}: {free} bytes left, {ROOM} needed to go on")
 
 
-LEAN = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144"}
+LEAN = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "67108864", "MALLOC_TRIM_THRESHOLD_": "67108864"}
 """Environment of a process that moves models in pieces of megabytes through several threads: with glibc's own
 settings each thread keeps what it has freed, and the peak grows to several models."""
 

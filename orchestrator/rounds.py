@@ -37,6 +37,8 @@ log = logging.getLogger("fednnunet.rounds")
 
 MAX_ATTEMPTS = 5
 LOOK_AT_NODES = 1.0  # seconds between two looks at who is online
+FETCHES = 32
+"""Answers that are fetched at a time; one that comes over a slow line takes its place for as long as it is uploaded."""
 PATIENCE = 0.01
 """A look for answers comes late by at most this share of what has been waited for one."""
 LAST_WORDS = 20.0
@@ -182,7 +184,7 @@ class Exchange:
         def open_sites() -> list[str]:
             return [site for site in everyone if site not in outcome.answers and site not in outcome.missing]
 
-        with concurrent.futures.ThreadPoolExecutor(4, "fetch") as pool:
+        with concurrent.futures.ThreadPoolExecutor(FETCHES, "fetch") as pool:
             try:
                 while open_sites():
                     self._check()

@@ -50,7 +50,6 @@ class SparingLinkState(SqlLinkState):
             self._tidied = time.monotonic()
             super()._cleanup_expired_task_tokens()
 
-
     def store_traffic(self, run_id: int, *, bytes_sent: int, bytes_recv: int) -> None:
         """Nothing: a write for each chunk, for a number that nobody here reads (the journal has the bytes)."""
 

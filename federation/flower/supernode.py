@@ -1,5 +1,7 @@
 """Flower's SuperNode, with a poll that is ours and a restart that is let in at once.
 
+- Flower keeps what it pulls to itself until a message is whole: here each part is handed on when it is there, records
+  first, so that the link writes what is being downloaded, and the SuperLink what is being uploaded.
 - Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less at first.
 - After a crash Flower refuses the node for up to 60 s ("already active"): we take it off first.
 - When Flower's loop ends on an error it leaves a process that answers its link but never again the SuperLink:
@@ -26,6 +28,7 @@ from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import update_console_handler
 
 from federation.flower import clients
+from federation.flower.transfer import parents_first
 from federation.patience import SLOWEST, pause
 
 _cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
@@ -68,6 +71,27 @@ class _Clock:
         return stored
 
 
+def _stream(loop: Any, store: Any, clock: _Clock) -> None:
+    """Let Flower's loop move a message part by part, each before its own parts."""
+    preregister, put = store.preregister, store.put
+
+    def registered(run_id: int, tree: Any) -> list[str]:
+        missing = set(preregister(run_id, tree))
+        order = dict.fromkeys(node.object_id for node in parents_first(tree))
+        return [object_id for object_id in order if object_id in missing]
+
+    def pull_into_the_store(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+        def pull(object_id: str) -> bytes:
+            put(object_id, pull_object_fn(object_id))
+            return b""
+
+        inflatable_utils.pull_objects(object_ids, pull)
+        return {}
+
+    store.preregister, store.put = registered, clock.waking(put)
+    loop.pull_objects, loop.iterate_object_tree = pull_into_the_store, parents_first
+
+
 @dataclass(frozen=True)
 class SuperNodeFiles:
     """The files a SuperNode needs."""
@@ -99,7 +123,7 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
     flower["retry"].make_simple_http_retry_invoker = clients.supernode_retry
     flower["loop"].time = clock = _Clock(poll)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
-        (function.__kwdefaults__ or {}).update(initial_backoff=0.05, backoff_cap=1.0, max_tries_per_object=None)
+        (function.__kwdefaults__ or {}).update(initial_backoff=0.05, backoff_cap=0.25, max_tries_per_object=None)
     if files.node_id.exists():
         with contextlib.suppress(clients.HTTPError, ValueError):
             fleet = clients.fleet_client(address, files.ca.read_bytes(), files.key, max_time=5.0)
@@ -116,8 +140,7 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
 
         state.set_node_id = remember
         state.store_message = clock.waking(state.store_message)
-        store = state_factory.objectstore_factory.store()
-        store.put = clock.waking(store.put)
+        _stream(flower["loop"], state_factory.objectstore_factory.store(), clock)
         start(state_factory=state_factory, **arguments)
 
     flower["cli"].start_client_internal = remembering

@@ -6,6 +6,8 @@ Rules:
   SHA-256 is the same in the outbox, in the ledger and at the other side.
 - Neither side holds a model in memory: chunks (5 MiB) are read when they are sent and written when they arrive.
   (Flower's own push and pull hold the whole message two to three times over.)
+- A message's records go before the chunks of its file, in the order in which they are asked for: the receiver writes
+  the first chunk while the last ones are still being sent.
 - A receiver says how many bytes it takes at most; more is refused before it is fetched.
 """
 
@@ -16,7 +18,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,14 @@ from flwr.supercore.inflatable.inflatable_object import (
 
 from federation.errors import Code, FednnunetError
 from federation.files import replacing
+from federation.patience import pause
 
 STYPE = "safetensors"
 MAX_BODY = 64 * 2**20
 _AT_A_TIME = 2
+_HASHED_AT_A_TIME = 4
+PATIENCE = 0.05
+"""A look for a chunk that is still being uploaded comes late by at most this share of what has been waited for it."""
 TRIES = 4
 """How often a part is pushed: a SuperLink whose database is locked for too long says no, and then yes."""
 
@@ -79,7 +85,8 @@ def file_array(path: Path) -> Array:
     """A file as one Flower array of bytes. The file is read once for its chunks' hashes, then chunk by chunk."""
     size = path.stat().st_size
     array = Array("uint8", (size,), STYPE, b"")
-    chunks = [_FileChunk(path, start, min(CHUNK, size - start)) for start in range(0, size, CHUNK)]
+    with concurrent.futures.ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
+        chunks = list(pool.map(lambda start: _FileChunk(path, start, min(CHUNK, size - start)), range(0, size, CHUNK)))
     array.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
     return array
 
@@ -123,6 +130,13 @@ class Ready:
         return found
 
 
+def parents_first(tree: Any) -> Iterator[Any]:
+    """The nodes of a tree of objects, each before its parts: the records, then a file's chunks from its start."""
+    yield tree
+    for child in tree.children:
+        yield from parents_first(child)
+
+
 class Unavailable(Exception):
     """The message cannot be fetched any more: its sender or its chunks are gone."""
 
@@ -137,7 +151,7 @@ class Transfer:
     node_id, run_id : int
         Who moves, and for which run.
     back_off : float
-        Seconds before a chunk that is still being uploaded is asked for again; doubles up to 1 s.
+        Seconds before a chunk that is still being uploaded is asked for again, at first.
     """
 
     def __init__(self, client: Any, node_id: int, run_id: int, back_off: float = 0.05) -> None:
@@ -148,10 +162,11 @@ class Transfer:
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
             objects: dict[str, InflatableObject] = get_all_nested_objects(message)
+            tree = get_object_tree(message)
             response = self._client.PushMessages(
                 PushAppMessagesRequest(
                     messages_list=[message_to_proto(remove_content_from_message(message))],
-                    message_object_trees=[get_object_tree(message)],
+                    message_object_trees=[tree],
                 )
             )
             wanted = set(response.objects_to_push)
@@ -172,7 +187,8 @@ class Transfer:
                     time.sleep(self._back_off * 4**again)
                 raise Unavailable(f"object {object_id[:12]} was not stored")
 
-            _each([object_id for object_id in objects if object_id in wanted], send)
+            order = dict.fromkeys(node.object_id for node in parents_first(tree))
+            _each([object_id for object_id in order if object_id in wanted], send)
         message_id: str = message.metadata.message_id
         return message_id
 
@@ -211,7 +227,7 @@ class Transfer:
 
     def _take(self, tree: Any, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
         def fetch(object_id: str) -> bytes:
-            delay = self._back_off
+            began = time.monotonic()
             while True:
                 answer = self._client.PullObject(
                     PullObjectRequest(node=self._node, run_id=self._run_id, object_id=object_id)
@@ -225,8 +241,7 @@ class Transfer:
                     return got
                 if give_up():
                     raise Unavailable("gave up while it was being uploaded")
-                time.sleep(delay)
-                delay = min(delay * 2, 1.0)
+                time.sleep(pause(self._back_off, time.monotonic() - began, PATIENCE))
 
         body, array = "", None
         limit = MAX_BODY

@@ -1,0 +1,186 @@
+"""The SuperLink's objects in files, and a message that is handed on while it is still arriving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.object_store.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from flwr.supercore.task_identity import TaskIdentity
+
+from federation.flower import supernode
+from federation.flower.objects import SMALL, FileObjectStore
+from federation.flower.transfer import CHUNK, Ready, Transfer, content, file_array, parents_first
+
+Parts = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two chunks and a bit."""
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    path.write_bytes(np.random.default_rng(0).bytes(2 * CHUNK + 4096))
+    return path
+
+
+def parts(weights: Path | None, body: str = "{}") -> tuple[Any, Parts]:
+    """A message's tree and its parts, by id."""
+    message = Message(content(body, file_array(weights) if weights else None), 1, "train", group_id="x", ttl=60.0)
+    with no_object_id_recompute():
+        message.metadata.__dict__["_message_id"] = message.object_id
+        objects = get_all_nested_objects(message)
+        return get_object_tree(message), {name: part.deflate() for name, part in objects.items()}
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    return str(tmp_path / "superlink.db")
+
+
+@pytest.fixture
+def store(database: str) -> FileObjectStore:
+    made = FileObjectStore(database)
+    made.initialize()
+    return made
+
+
+def files_of(database: str) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in Path(f"{database}-objects").iterdir()}
+
+
+def test_it_answers_as_flowers_own_and_keeps_large_parts_in_files(
+    store: FileObjectStore, database: str, tmp_path: Path, weights: Path
+) -> None:
+    tree, made = parts(weights)
+    own = SqlObjectStore(str(tmp_path / "own.db"))
+    own.initialize()
+    for each in (store, own):
+        assert set(each.preregister(1, tree)) == set(made)
+        assert all(each.get(name) == b"" for name in made)
+        for name, part in made.items():
+            each.put(name, part)
+            each.put(name, part)  # a second time changes nothing
+        assert {name: each.get(name) for name in made} == made
+        assert each.preregister(1, tree) == []
+        assert each.get("0" * 64) is None
+        with pytest.raises(NoObjectInStoreError):
+            each.put(*next((name, part) for name, part in parts(None, "x")[1].items()))
+        with pytest.raises(ValueError, match="does not match"):
+            each.put(tree.object_id, b"anything")
+    large = {name: len(part) for name, part in made.items() if len(part) > SMALL}
+    assert len(large) == 2
+    assert files_of(database) == large
+
+    other, _ = parts(weights, "another body")  # another message with the same file
+    store.preregister(1, other)
+    store.delete(tree.object_id)
+    assert files_of(database) == large
+    store.delete(other.object_id)
+    assert files_of(database) == {}
+    assert len(store) == 0
+
+
+def test_a_part_nobody_has_announced_leaves_no_file(store: FileObjectStore, database: str, weights: Path) -> None:
+    _, made = parts(weights)
+    name, part = max(made.items(), key=lambda pair: len(pair[1]))
+    with pytest.raises(NoObjectInStoreError):
+        store.put(name, part)
+    assert files_of(database) == {}
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_file_that_is_lost_or_cut_short_is_a_part_that_is_gone(
+    store: FileObjectStore, database: str, weights: Path, damage: Callable[[Path], None]
+) -> None:
+    tree, made = parts(weights)
+    store.preregister(1, tree)
+    for name, part in made.items():
+        store.put(name, part)
+    name = next(iter(files_of(database)))
+    damage(Path(f"{database}-objects") / name)
+    assert store.get(name) is None
+    store.delete_objects_in_run(1)
+    assert files_of(database) == {}
+
+
+def test_a_start_keeps_what_is_on_its_way_and_takes_away_what_no_row_speaks_of(
+    store: FileObjectStore, database: str, weights: Path
+) -> None:
+    tree, made = parts(weights)
+    store.preregister(1, tree)
+    for name, part in made.items():
+        store.put(name, part)
+    kept = files_of(database)
+    for name in ("1" * 64, f"{'2' * 64}.abcd1234"):
+        (Path(f"{database}-objects") / name).write_bytes(b"left by a kill")
+    again = FileObjectStore(database)
+    again.initialize()
+    assert files_of(database) == kept
+    assert {name: again.get(name) for name in made} == made
+
+
+def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: Path) -> None:
+    pushed = []
+
+    def push_messages(request: Any) -> Any:
+        wanted = [node.object_id for node in parents_first(request.message_object_trees[0])]
+        return SimpleNamespace(objects_to_push=wanted[::-1], session_id="s")
+
+    def push_object(request: Any) -> Any:
+        time.sleep(0.01 if len(request.object_content) > SMALL else 0.0)
+        pushed.append(len(request.object_content))
+        return SimpleNamespace(stored=True)
+
+    message = Message(content("{}", file_array(weights)), 1, "train", group_id="x", ttl=60.0)
+    Transfer(SimpleNamespace(PushMessages=push_messages, PushObject=push_object), 0, 1).push(message)
+    assert max(pushed[:5]) < SMALL  # message, records, head of the array
+    assert len(pushed) == 5 + 3
+
+
+def test_a_supernode_hands_on_each_part_when_it_has_come(weights: Path, tmp_path: Path) -> None:
+    """The link reads the records and the first chunk while the last chunk has not come."""
+    tree, made = parts(weights)
+    memory = InMemoryObjectStore()
+    loop = SimpleNamespace()
+    supernode._stream(loop, memory, supernode._Clock(0.5))
+    order = memory.preregister(1, tree)
+    assert order == [node.object_id for node in loop.iterate_object_tree(tree)]
+    last, seen = order[-1], []
+
+    def pull(name: str) -> bytes:
+        if name == last and len(seen) < 3:
+            seen.append({name for name in made if memory.get(name)})
+            raise ObjectUnavailableError(name)
+        return made[name]
+
+    assert loop.pull_objects(order, pull_object_fn=pull) == {}
+    assert {name: memory.get(name) for name in made} == made
+    assert seen[-1] == set(made) - {last}
+
+    def pull_object(request: Any) -> Any:
+        return SimpleNamespace(object_found=True, object_available=True, object_content=memory.get(request.object_id))
+
+    client = SimpleNamespace(PullObject=pull_object, ConfirmMessageReceived=lambda request: None)
+    message = remove_content_from_message(Message(RecordDict(), 1, "train", group_id="x", ttl=60.0))
+    ready = Ready(message_to_proto(message), tree)
+    received = Transfer(client, 0, 1).take(ready, tmp_path / "taken", 2**30, lambda: False)
+    assert received.body == "{}"
+    assert (tmp_path / "taken").read_bytes() == weights.read_bytes()
