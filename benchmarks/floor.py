@@ -29,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from orchestrator.admin.phantom import SITES, make_phantom_sites, phantom_study
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
 SITE = "hospital_a"
-LARGE = replace(SITES[SITE], training_cases=6, test_cases=1, shape=(140, 144, 148))
+LARGE = replace(SITES[SITE], training_cases=4, test_cases=1, shape=(140, 144, 148))
 NETWORKS = {
     "small": ("SmallUNetPlanner", SITES[SITE]),
     "default": ("ExperimentPlanner", LARGE),
@@ -154,8 +155,13 @@ def studies(network: str, amount: Amount) -> tuple[Study, Study]:
     )
 
 
-def measure(network: str, amount: Amount, options: SiteOptions) -> dict[str, Any]:
-    """Plain, federated, plain; see the module."""
+def measure(
+    network: str, amount: Amount, options: SiteOptions, keep: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Plain, federated, plain; see the module. `keep` gets what is known after each step."""
+    found: dict[str, Any] = {"network": network, "device": options.device, "threads": options.threads}
+    epoch: dict[str, list[float]] = {}
+    found |= {"poll": options.poll, "amount": asdict(amount), "epoch": epoch}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         here = Path(name)
         data = make_phantom_sites(here / "hospitals", {SITE: NETWORKS[network][1]})
@@ -165,27 +171,22 @@ def measure(network: str, amount: Amount, options: SiteOptions) -> dict[str, Any
         with simulation.running():
             submitted = time.time()
             simulation.conduct(first, Console(file=io.StringIO()))
-            begin = starting(simulation, first, began, submitted)
+            found["start"] = starting(simulation, first, began, submitted)
+        keep(found)
         preprocessed = simulation.state / "sites" / SITE / "state" / "worker" / first.id / "nnUNet_preprocessed"
-        before = plain(preprocessed, here / "before", first, amount, options.device)
+        epoch["before"] = plain(preprocessed, here / "before", first, amount, options.device)
+        keep(found)
         with simulation.running():
             simulation.conduct(study, Console(file=io.StringIO()))
-            ours, rows = federated(simulation, study), split(simulation, study)
-        after = plain(preprocessed, here / "after", first, amount, options.device)
-    floor = statistics.median(before[1:] + after[1:])
-    keys = ("down", "checkpoint", "other", "up", "aggregate")
-    return {
-        "network": network,
-        "device": options.device,
-        "epoch": {"before": before, "federated": ours, "after": after},
-        "floor": floor,
-        "ratio": statistics.median(ours[1:]) / floor,
-        "rounds": rows,
-        "besides": {key: statistics.median(row[key] for row in rows[1:]) for key in keys},
-        "start": begin,
-        "threads": options.threads,
-        "poll": options.poll,
-    }
+            epoch["federated"], rows = federated(simulation, study), split(simulation, study)
+        keys = ("down", "checkpoint", "other", "up", "aggregate")
+        found |= {"rounds": rows, "besides": {key: statistics.median(row[key] for row in rows[1:]) for key in keys}}
+        keep(found)
+        epoch["after"] = plain(preprocessed, here / "after", first, amount, options.device)
+    found["floor"] = statistics.median(epoch["before"][1:] + epoch["after"][1:])
+    found["ratio"] = statistics.median(epoch["federated"][1:]) / found["floor"]
+    keep(found)
+    return found
 
 
 def tables(found: dict[str, Any], amount: Amount) -> list[Table]:

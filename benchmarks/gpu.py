@@ -1,12 +1,13 @@
 """On a GPU: a federated epoch beside one of `nnUNetv2_train`, first and later rounds, and the GPU's memory over rounds.
 
-    python benchmarks/gpu.py [--networks default resenc_l] [--epochs 4] [--rounds 50] [--output gpu.json]
+    python benchmarks/gpu.py [--network default|resenc_l] [--epochs 3] [--rounds 30] [--output gpu.json]
 
 Needs one CUDA device that nobody else uses, a C compiler (torch.compile), and about 10 GB of disk; makes its own data
 (synthetic volumes of about 144 voxels a side, for which nnU-Net plans its networks of 31 M and 102 M parameters). Mixed
-precision, torch.compile and nnU-Net's own number of loader processes, on both sides (benchmarks/floor.py).
+precision, torch.compile and nnU-Net's own number of loader processes, on both sides (benchmarks/floor.py). What is
+known is printed, and written to the output, after each step.
 
-Then a study of many short rounds with the first network: what a round takes, and the most memory that the device had in
+Then a study of many short rounds: what a round takes, and the most memory that the device had in
 use during each, as nvidia-smi says it. Memory that grows with the rounds would end a long study.
 """
 
@@ -86,11 +87,11 @@ def over_rounds(network: str, rounds: int, iterations: int, options: SiteOptions
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), default=["default", "resenc_l"])
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--iterations", type=int, default=250)
-    parser.add_argument("--validation-iterations", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--network", choices=list(NETWORKS), default="default")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--validation-iterations", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--short-iterations", type=int, default=5)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -99,23 +100,24 @@ def main() -> None:
     device = subprocess.run(
         [*GPU, "--query-gpu=name,driver_version"], check=True, capture_output=True, encoding="utf-8"
     ).stdout.strip()
-    record: dict[str, Any] = {"device": device, "floor": [], "rounds": []}
+    record: dict[str, Any] = {"device": device}
     console = Console(width=110)
     console.print(device)
 
-    def keep() -> None:
+    def keep(found: dict[str, Any]) -> None:
+        record.update(found)
+        print(f"{time.monotonic() - began:.0f} s:", json.dumps(found["epoch"]), flush=True)
         if arguments.output:
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
-    for network in arguments.networks:
-        found = measure(network, amount, options)
-        record["floor"].append(found)
-        for table in tables(found, amount):
-            console.print(table)
-        keep()
+    began = time.monotonic()
+    found = measure(arguments.network, amount, options, keep)
+    for table in tables(found, amount):
+        console.print(table)
     if arguments.rounds:
-        rows = record["rounds"] = over_rounds("default", arguments.rounds, arguments.short_iterations, options)
-        table = Table(title=f"{arguments.rounds} rounds of {arguments.short_iterations} iterations, default network")
+        rows = over_rounds(arguments.network, arguments.rounds, arguments.short_iterations, options)
+        keep(found | {"short_rounds": rows})
+        table = Table(title=f"{arguments.rounds} rounds of {arguments.short_iterations} iterations")
         columns = ("round", "total", "start", "down", "train", "validation", "checkpoint", "other", "up", "aggregate")
         for column in (*columns, "GPU MiB"):
             table.add_column(column, justify="right")
@@ -124,7 +126,6 @@ def main() -> None:
             middle = (f"{statistics.median(row[column] for row in part):.2f}" for column in columns[1:])
             table.add_row(title, *middle, str(max(row["gpu_mib"] for row in part)))
         console.print(table)
-        keep()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ real TLS, Flower's real Fleet API. Neither trains anything.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -232,11 +233,9 @@ class LightClient(threading.Thread):
         key = public_key_to_bytes(load_ssh_public_key(self._public))  # type: ignore[arg-type]
         request = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT)
         node = Node(node_id=self._client.ActivateNode(request).node_id)
-        beaten = worked = time.monotonic()
+        threading.Thread(target=self._beat, args=(node,), daemon=True).start()
+        worked = time.monotonic()
         while not self._stopped.wait(pause(self._poll, time.monotonic() - worked, PATIENCE)):
-            if time.monotonic() - beaten > HEARTBEAT / 2:
-                self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT))
-                beaten = time.monotonic()
             fleet = _Fleet(self._client, node)
             for ready in Transfer(fleet, node.node_id, 0).ready():
                 metadata = metadata_from_proto(ready.proto.metadata)
@@ -250,6 +249,12 @@ class LightClient(threading.Thread):
                 asked = make_message(metadata=metadata, content=RecordDict())
                 transfer.push(Message(content(body, weights), reply_to=asked))
                 worked = time.monotonic()
+
+    def _beat(self, node: Node) -> None:
+        """A sign of life beside the transfers, as a supernode gives it."""
+        while not self._stopped.wait(HEARTBEAT / 2):
+            with contextlib.suppress(clients.HTTPError):
+                self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT))
 
     def stop(self) -> None:
         """Answer nothing more."""

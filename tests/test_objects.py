@@ -184,3 +184,22 @@ def test_a_supernode_hands_on_each_part_when_it_has_come(weights: Path, tmp_path
     received = Transfer(client, 0, 1).take(ready, tmp_path / "taken", 2**30, lambda: False)
     assert received.body == "{}"
     assert (tmp_path / "taken").read_bytes() == weights.read_bytes()
+
+
+def test_a_message_is_confirmed_only_when_its_sender_has_handed_over_all_of_it(tmp_path: Path) -> None:
+    tree, made = parts(None)
+    arrived, looks, confirmed = dict(made), [0], []
+    envelope = arrived.pop(tree.object_id)
+
+    def pull_object(request: Any) -> Any:
+        if request.object_id == tree.object_id:
+            looks[0] += 1
+            if looks[0] > 1:
+                arrived[tree.object_id] = envelope
+        found = arrived.get(request.object_id, b"")
+        return SimpleNamespace(object_found=True, object_available=found != b"", object_content=found)
+
+    client = SimpleNamespace(PullObject=pull_object, ConfirmMessageReceived=lambda _: confirmed.append(len(arrived)))
+    message = remove_content_from_message(Message(RecordDict(), 1, "train", group_id="x", ttl=60.0))
+    Transfer(client, 0, 1, 0.01).take(Ready(message_to_proto(message), tree), tmp_path / "x", 0, lambda: False)
+    assert confirmed == [len(made)]

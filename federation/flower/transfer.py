@@ -8,6 +8,8 @@ Rules:
   (Flower's own push and pull hold the whole message two to three times over.)
 - A message's records go before the chunks of its file, in the order in which they are asked for: the receiver writes
   the first chunk while the last ones are still being sent.
+- A message is confirmed when all of it has come, its own envelope too, of which nothing is needed: what is confirmed
+  is removed, and its sender would be left with a part that nobody takes any more.
 - A receiver says how many bytes it takes at most; more is refused before it is fetched.
 """
 
@@ -269,6 +271,7 @@ class Transfer:
                 raise FednnunetError(Code.ENVELOPE_INVALID, f"unexpected {kind[:40]}")
         if array is not None:
             self._take_file(*array, weights, max_weights, fetch)
+        fetch(tree.object_id)
         return Received(body, array is not None)
 
     def _take_file(
