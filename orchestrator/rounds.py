@@ -202,11 +202,13 @@ class Exchange:
                         node, sent = nodes.get(site), outstanding.get(site)
                         if any(name == site for name, _ in fetching.values()):
                             continue
-                        if node is None or not node.online or now < not_before.get(site, 0.0):
-                            if sent is None:
-                                reasons[site] = "offline"
+                        if node is None or not node.online:
+                            reasons[site] = "offline"
                             continue
                         if sent is not None and sent.activated_at == node.activated_at:
+                            reasons[site] = "no answer before the deadline"
+                            continue
+                        if now < not_before.get(site, 0.0):
                             continue
                         again = "" if sent is None else "the site restarted"
                         outstanding[site] = self._send(node, errand(site, site in full), end - now + 60, again)

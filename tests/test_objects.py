@@ -8,10 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flwr.server.superlink.linkstate.linkstate_factory as linkstate_factory
+import flwr.server.superlink.linkstate.sql_linkstate as linkstate
+import flwr.supercore.corestate.sql_corestate as sql_corestate
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
-from flwr.app.message import remove_content_from_message
+from flwr.app import Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
@@ -19,8 +22,9 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from federation.flower import supernode
+from federation.flower import state, supernode
 from federation.flower.objects import SMALL, FileObjectStore
 from federation.flower.transfer import CHUNK, Ready, Transfer, content, file_array, parents_first
 
@@ -203,3 +207,47 @@ def test_a_message_is_confirmed_only_when_its_sender_has_handed_over_all_of_it(t
     message = remove_content_from_message(Message(RecordDict(), 1, "train", group_id="x", ttl=60.0))
     Transfer(client, 0, 1, 0.01).take(Ready(message_to_proto(message), tree), tmp_path / "x", 0, lambda: False)
     assert confirmed == [len(made)]
+
+
+def test_an_answer_is_sent_also_where_no_message_came_before_it() -> None:
+    """Answered twice, a message would leave the answer to the next one behind."""
+    node = InMemoryNodeState(InMemoryObjectStore())
+    loop = SimpleNamespace(_pull_and_store_message=lambda *, state: None)
+    supernode._push_what_waits(loop)
+    assert loop._pull_and_store_message(state=node) is None
+    about = Metadata(1, "asked", 1, 2, "", "x", time.time(), 60.0, "train")
+    asked = make_message(metadata=about, content=RecordDict())
+    node.store_message(asked)
+    assert loop._pull_and_store_message(state=node) is None
+    answer = Message(RecordDict(), reply_to=asked)
+    answer.metadata.__dict__["_message_id"] = "answer"
+    node.store_message(answer)
+    assert loop._pull_and_store_message(state=node) is not None
+    assert [one.metadata.message_id for one in node.get_messages_legacy(is_reply=True)] == ["answer"]
+    assert loop._pull_and_store_message(state=node) is None
+
+
+def test_a_line_that_is_away_for_minutes_costs_nothing_that_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower takes the message back when the node's heartbeat is a minute late, and sends it again in whole."""
+    for module, name in (
+        (linkstate, "check_node_availability_for_in_message"),
+        (sql_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS"),
+        (linkstate_factory, "SqlLinkState"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
+    state.use()
+    now = time.time()
+    asked = make_message(metadata=Metadata(1, "asked", 1, 2, "", "x", now, 6000.0, "train"), content=RecordDict())
+
+    def lost(silent: float) -> dict[str, Message]:
+        found: dict[str, Message] = linkstate.check_node_availability_for_in_message(
+            inquired_in_message_ids={"asked"},
+            found_in_message_dict={"asked": asked},
+            node_id_to_online_until={2: now - silent},
+            current_time=now,
+        )
+        return found
+
+    assert lost(300.0) == {}
+    assert set(lost(state.SILENCE + 1.0)) == {"asked"}
+    assert sql_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS > 300

@@ -4,6 +4,11 @@ Flower claims a node's messages by an UPDATE at each look of each site, waiting 
 claims by two UPDATEs at each chunk that comes or goes. With many sites these queue for the one write lock, and a round
 takes as much longer (benchmarks/scale.py). Here a look reads first and writes only where something waits, tidying is
 done once a second, and connections are kept open for as many threads as the server has.
+
+Flower answers a message for its node once the node's heartbeat is 60 s late: then what was half downloaded would be
+thrown away and sent again, for a line that is away for a minute; and it forgets an answer of which no part has come for
+three minutes. Here both stay for `SILENCE` seconds more; who is online is said as before, and a node that starts again
+is known by its activation.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ import time
 from typing import Any
 
 import flwr.server.superlink.linkstate.linkstate_factory as factory
+import flwr.server.superlink.linkstate.sql_linkstate as linkstate
+import flwr.supercore.corestate.sql_corestate as sql_corestate
 from flwr.app import Message
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.state.schema.linkstate_models import MessageIns
@@ -20,6 +27,8 @@ from sqlalchemy import select
 
 THREADS = 40
 """anyio's limit of threads, which the server's handlers run in."""
+SILENCE = 600.0
+"""Seconds for which a node that is offline keeps what it was sent, and what it has uploaded of an answer."""
 TIDY = 1.0
 """Seconds between two looks for claims that have expired; they live for minutes."""
 
@@ -57,3 +66,12 @@ class SparingLinkState(SqlLinkState):
 def use() -> None:
     """From here on a SuperLink in this process keeps its state so."""
     factory.SqlLinkState = SparingLinkState  # type: ignore[misc]
+    module: Any = linkstate
+    check = module.check_node_availability_for_in_message
+
+    def later(*, current_time: float, **named: Any) -> Any:
+        return check(current_time=current_time - SILENCE, **named)
+
+    module.check_node_availability_for_in_message = later
+    corestate: Any = sql_corestate
+    corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = SILENCE

@@ -42,8 +42,8 @@ the SuperLink some milliseconds."""
 class _Clock:
     """Stands in for the `time` module in Flower's loop.
 
-    It sleeps Flower's long pause between two looks at the SuperLink, less while there is work, and is woken from the
-    short ones, in which Flower waits for the link, by whatever the link hands over.
+    It sleeps Flower's long pause between two looks at the SuperLink, less while there is work, and is woken by whatever
+    the link hands over.
     """
 
     def __init__(self, poll: float) -> None:
@@ -55,10 +55,13 @@ class _Clock:
         """Sleep until the link hands something over, at most the poll; or `pause` where nothing came."""
         if seconds < SLOWEST:
             self._worked = time.monotonic()
-            if self._arrived.wait(min(seconds, self._poll)):
-                self._arrived.clear()
+            self._wait(min(seconds, self._poll))
         else:
-            time.sleep(pause(self._poll, time.monotonic() - self._worked, PATIENCE))
+            self._wait(pause(self._poll, time.monotonic() - self._worked, PATIENCE))
+
+    def _wait(self, seconds: float) -> None:
+        if self._arrived.wait(seconds):
+            self._arrived.clear()
 
     def waking(self, store: Callable[..., Any]) -> Callable[..., Any]:
         """A function that stores what the link hands over, and wakes the loop once it has."""
@@ -90,6 +93,29 @@ def _stream(loop: Any, store: Any, clock: _Clock) -> None:
 
     store.preregister, store.put = registered, clock.waking(put)
     loop.pull_objects, loop.iterate_object_tree = pull_into_the_store, parents_first
+
+
+def _push_what_waits(loop: Any) -> None:
+    """Let Flower's loop send an answer also where no message has come before it.
+
+    The loop sends one answer for each message that it pulls. After one that was answered twice, by an error and by the
+    link, each answer would wait for the message after its own.
+    """
+    pull = loop._pull_and_store_message
+
+    def pulled(*, state: Any, **named: Any) -> int | None:
+        run_id: int | None = pull(state=state, **named)
+        if run_id is None and _answer_waits(state):
+            return 0
+        return run_id
+
+    loop._pull_and_store_message = pulled
+
+
+def _answer_waits(state: Any) -> bool:
+    with state.lock_msg_store:
+        entries = list(state.msg_store.values())
+    return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,7 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
         with contextlib.suppress(clients.HTTPError, ValueError):
             fleet = clients.fleet_client(address, files.ca.read_bytes(), files.key, max_time=5.0)
             clients.deactivate(fleet, int(files.node_id.read_text()))
+    _push_what_waits(flower["loop"])
     start = flower["cli"].start_client_internal
 
     def remembering(*, state_factory: Any, **arguments: Any) -> None:
