@@ -20,10 +20,12 @@ import flwr.server.superlink.linkstate.linkstate_factory as factory
 import flwr.server.superlink.linkstate.sql_linkstate as linkstate
 import flwr.supercore.corestate.sql_corestate as sql_corestate
 from flwr.app import Message
+from flwr.common.constant import HEARTBEAT_PATIENCE
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-from flwr.supercore.state.schema.linkstate_models import MessageIns
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.state.schema.linkstate_models import MessageIns, Node
 from flwr.supercore.utils import uint64_to_int64
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 THREADS = 40
 """anyio's limit of threads, which the server's handlers run in."""
@@ -53,6 +55,21 @@ class SparingLinkState(SqlLinkState):
                 return []
         found: list[Message] = super().get_message_ins(node_id, limit, run_id=run_id)
         return found
+
+    def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
+        """A node is there; where it was silent, that is no new activation: it still has what it was sent."""
+        beats = (
+            update(Node)
+            .where(Node.node_id == uint64_to_int64(node_id), Node.status != NodeStatus.UNREGISTERED)
+            .values(
+                online_until=time.time() + HEARTBEAT_PATIENCE * heartbeat_interval,
+                heartbeat_interval=heartbeat_interval,
+                status=NodeStatus.ONLINE,
+            )
+            .returning(Node.node_id)
+        )
+        with self.session() as session:
+            return session.scalar(beats) is not None
 
     def _cleanup_expired_task_tokens(self) -> None:
         if time.monotonic() - self._tidied >= TIDY:
