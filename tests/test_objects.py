@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from federation.flower import state, supernode
@@ -251,3 +253,42 @@ def test_a_line_that_is_away_for_minutes_costs_nothing_that_was_on_its_way(monke
     assert lost(300.0) == {}
     assert set(lost(state.SILENCE + 1.0)) == {"asked"}
     assert sql_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS > 300
+
+
+def test_a_node_that_was_silent_is_online_again_without_a_new_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator takes a new activation for a restart, and sends again what the node still has."""
+    made = state.SparingLinkState(str(tmp_path / "superlink.db"), NoOpFederationManager(), InMemoryObjectStore())
+    made.initialize()
+    node = made.create_node("owner", "owner", b"key", 30.0)
+    assert made.activate_node(node, 30.0)
+    (active,) = made.get_node_info(node_ids=[node])
+    later = time.time() + 300.0
+    monkeypatch.setattr(linkstate, "now", lambda: dt.datetime.fromtimestamp(later, tz=dt.UTC))
+    (silent,) = made.get_node_info(node_ids=[node])
+    assert silent.status == "offline"
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert made.acknowledge_node_heartbeat(node, 30.0)
+    (again,) = made.get_node_info(node_ids=[node])
+    assert again.status == "online"
+    assert again.last_activated_at == active.last_activated_at
+    assert again.online_until == pytest.approx(later + 60.0)
+    assert not made.acknowledge_node_heartbeat(node + 1, 30.0)
+    assert made.deactivate_node(node)
+    assert made.activate_node(node, 30.0)
+    assert made.get_node_info(node_ids=[node])[0].last_activated_at != active.last_activated_at
+
+
+def test_a_part_that_is_sent_again_because_the_answer_was_lost_is_taken(
+    tmp_path: Path, store: FileObjectStore, weights: Path
+) -> None:
+    """Flower refuses it, and the supernode then gives the whole message up."""
+    made = state.SparingLinkState(str(tmp_path / "superlink.db"), NoOpFederationManager(), store)
+    made.initialize()
+    tree, all_parts = parts(weights)
+    store.preregister(1, tree)
+    first, second, *_ = all_parts
+    store.put(first, all_parts[first])
+    assert made.store_object(1, "a session that has ended", first, all_parts[first])
+    assert not made.store_object(1, "a session that has ended", second, all_parts[second])

@@ -71,6 +71,11 @@ class SparingLinkState(SqlLinkState):
         with self.session() as session:
             return session.scalar(beats) is not None
 
+    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+        """Keep a part of a message. One that is here already is kept: it is sent again where our answer was lost."""
+        stored: bool = super().store_object(run_id, session_id, object_id, object_content)
+        return stored or bool(self.object_store.get(object_id))
+
     def _cleanup_expired_task_tokens(self) -> None:
         if time.monotonic() - self._tidied >= TIDY:
             self._tidied = time.monotonic()
