@@ -65,8 +65,11 @@ def test_the_demo_runs_a_study_through_an_upgrade_to_a_model(tmp_path: Path) -> 
         assert [line["round"] for line in events(node, "weights")] == list(range(13)), "no round was done twice"
         assert list(node.claim("shared").glob("studies/*/*.zip"))
 
-        status, said = helm_test(node, upgraded)
-        assert status == 0, said
+        for _ in range(10):  # the report is written after the journal's last line, and only then the run is over
+            status, said = helm_test(node, upgraded)
+            assert status == 0, said
+            if "left out" not in said:
+                break
         assert "the coordinator did an empty round" in said
         assert "3 sites are registered" in said
         scraped = node.execute(
