@@ -142,8 +142,10 @@ def check_room(folder: Path) -> None:
 
 
 LEAN = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "67108864", "MALLOC_TRIM_THRESHOLD_": "67108864"}
-"""Environment of a process that moves models in pieces of megabytes through several threads: with glibc's own
-settings each thread keeps what it has freed, and the peak grows to several models."""
+"""Environment of a process that moves models in pieces of megabytes through several threads.
+
+Two arenas: with glibc's own settings each thread keeps what it has freed, and the peak grows to several models. Blocks
+up to 64 MiB come from them and stay there: otherwise each piece is mapped, cleared page by page, and given back."""
 
 
 @dataclass

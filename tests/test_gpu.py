@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from commands import wait_for
 from worker_site import Site, initial_weights, make_settings, make_study, prepared_site, shared_site
 
 from appliance.worker.training import FoldTrainer
@@ -145,6 +145,11 @@ def worker(site: Site) -> subprocess.Popen[bytes]:
     )
 
 
+def answered(site: Site, task: tasks.Task, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the worker has ended"
+    return site.spool.result(task) is not None
+
+
 def test_a_device_that_is_lost_ends_the_process_and_the_next_process_goes_on(tmp_path: Path) -> None:
     """A label that no class has makes CUDA's own check fail, after which nothing works in that process any more."""
     data, plans = shared_site()
@@ -152,7 +157,7 @@ def test_a_device_that_is_lost_ends_the_process_and_the_next_process_goes_on(tmp
     site.put(site.prepare_task())
     process = worker(site)
     try:
-        _wait(lambda: site.spool.result(site.prepare_task()) is not None, process)
+        wait_for(lambda: answered(site, site.prepare_task(), process), 120, "prepared")
         whole = {}
         for path in site.settings.work.rglob("*_seg.b2nd"):
             whole[path.resolve()] = path.read_bytes()
@@ -174,17 +179,9 @@ def test_a_device_that_is_lost_ends_the_process_and_the_next_process_goes_on(tmp
         again = site.task(TRAIN, 1, attempt=2)
         site.put(again, initial_weights())
         process = worker(site)
-        _wait(lambda: site.spool.result(again) is not None, process)
+        wait_for(lambda: answered(site, again, process), 120, "the next process goes on")
         assert site.spool.result(again).failure is None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGTERM)
         process.wait(20)
-
-
-def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the worker has ended"
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)

@@ -1,8 +1,7 @@
 """Flower's store of objects at the SuperLink, with the large ones in files: a chunk of weights is no row of a database.
 
 In Flower's own, each chunk (5 MiB) goes through SQLite twice, into its log and from there into its file, while no other
-writer may write: that was most of what a SuperLink did in a round (benchmarks/rounds.py). Here the row says that the
-object lies in a file, and how long it is.
+writer may write. Here the row says that the object lies in a file, and how long it is.
 
 Rules:
 

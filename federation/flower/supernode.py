@@ -28,7 +28,7 @@ from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import update_console_handler
 
 from federation.flower import clients
-from federation.flower.transfer import parents_first
+from federation.flower.transfer import in_order, parents_first
 from federation.patience import SLOWEST, pause
 
 _cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
@@ -79,9 +79,7 @@ def _stream(loop: Any, store: Any, clock: _Clock) -> None:
     preregister, put = store.preregister, store.put
 
     def registered(run_id: int, tree: Any) -> list[str]:
-        missing = set(preregister(run_id, tree))
-        order = dict.fromkeys(node.object_id for node in parents_first(tree))
-        return [object_id for object_id in order if object_id in missing]
+        return in_order(tree, set(preregister(run_id, tree)))
 
     def pull_into_the_store(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
         def pull(object_id: str) -> bytes:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,11 @@ def parents_first(tree: Any) -> Iterator[Any]:
         yield from parents_first(child)
 
 
+def in_order(tree: Any, wanted: Collection[str]) -> list[str]:
+    """The ids that are wanted of a tree of objects, each once, parents first."""
+    return [name for name in dict.fromkeys(node.object_id for node in parents_first(tree)) if name in wanted]
+
+
 class Unavailable(Exception):
     """The message cannot be fetched any more: its sender or its chunks are gone."""
 
@@ -189,8 +194,7 @@ class Transfer:
                     time.sleep(self._back_off * 4**again)
                 raise Unavailable(f"object {object_id[:12]} was not stored")
 
-            order = dict.fromkeys(node.object_id for node in parents_first(tree))
-            _each([object_id for object_id in order if object_id in wanted], send)
+            _each(in_order(tree, wanted), send)
         message_id: str = message.metadata.message_id
         return message_id
 
