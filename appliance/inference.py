@@ -85,7 +85,7 @@ class Options:
     preprocessing_processes, export_processes : int or None
         Processes beside this one; None: 2 on a GPU, else 0.
     threads : int or None
-        CPU threads; None: torch's choice.
+        CPU threads; None: one beside a GPU, else torch's choice.
     overwrite : bool
         Remove predictions that were made otherwise.
     """
@@ -285,10 +285,7 @@ def _device(options: Options) -> torch.device:
         raise FednnunetError(Code.DEVICE_MISSING, f"{options.device}: torch sees no GPU here")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise FednnunetError(Code.DEVICE_MISSING, options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    elif kind == "cuda":  # as nnUNetv2_predict has it
-        torch.set_num_threads(1)
+    native.use_threads(torch, options.device, options.threads)
     return torch.device(options.device)
 
 

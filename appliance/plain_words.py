@@ -63,7 +63,7 @@ def in_plain_words(study: Study, site: str) -> str:
     kept += ", of the layers that other sites have too" if study.mode == "asymfedavg" else ""
     lines += [
         f"  In each round the network's weights{kept}, "
-        + ("float32" if study.wire == "full" else "as float16 differences")
+        + {"full": "float32", "half": "as float16 differences", "int8": "as differences in 8 bits"}[study.wire]
         + "; losses and online Dice of each epoch.",
         "  After the last round: Dice of each label (mean, deviation, minimum, number of cases)"
         + (

@@ -56,7 +56,9 @@ class Settings(BaseModel):
         ge=0,
         description="Processes that load and augment patches; 0: none but the worker; empty: nnU-Net's choice.",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the worker; empty: torch's choice.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of the worker; empty: one beside a GPU, else torch's choice."
+    )
     compile: bool = Field(True, description="torch.compile on a GPU (nnU-Net's nnUNet_compile).")
     supernode_port: int = Field(
         0, ge=0, le=65535, description="Loopback port between supernode and link; 0: any that is free."

@@ -86,8 +86,9 @@ class Amount:
     validation: int
 
 
-def plain(preprocessed: Path, folder: Path, study: Study, amount: Amount, device: str) -> list[float]:
-    """Seconds of each epoch of `nnUNetv2_train` on a site's preprocessed data, as its log says."""
+def plain(site: Path, folder: Path, study: Study, amount: Amount, device: str) -> list[float]:
+    """Seconds of each epoch of `nnUNetv2_train` on what a site has preprocessed, with the site's compiler cache."""
+    preprocessed = site / "worker" / study.id / "nnUNet_preprocessed"
     (dataset,) = (path.name for path in preprocessed.iterdir() if path.name.startswith("Dataset"))
     (plans,) = (path.stem for path in (preprocessed / dataset).glob("*Plans.json"))
     variables = {
@@ -97,6 +98,8 @@ def plain(preprocessed: Path, folder: Path, study: Study, amount: Amount, device
         "FLOOR_EPOCHS": str(amount.epochs),
         "FLOOR_ITERATIONS": str(amount.iterations),
         "FLOOR_VALIDATION": str(amount.validation),
+        "TORCHINDUCTOR_CACHE_DIR": str(site / "cache" / "torchinductor"),
+        "TRITON_CACHE_DIR": str(site / "cache" / "triton"),
     }
     if device == "cpu":
         variables |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
@@ -145,48 +148,62 @@ def starting(simulation: Simulation, study: Study, site_started: float, submitte
     }
 
 
-def studies(network: str, amount: Amount) -> tuple[Study, Study]:
-    """A study of one short round, which leaves preprocessed data, and the one that is measured."""
+def studies(network: str, amount: Amount, short: Amount) -> tuple[Study, Study]:
+    """A study of short rounds, which leaves preprocessed data and a warm compiler cache, and the measured one."""
     planner = {"planner": NETWORKS[network][0]}
-    fields = phantom_study([SITE], amount.epochs, amount.iterations) | planner
-    return (
-        parse(fields | {"name": "first", "rounds": 1, "iterations_per_epoch": 2}),
-        parse(fields | {"name": "floor", "validation_iterations_per_epoch": amount.validation}),
+    first, study = (
+        phantom_study([SITE], one.epochs, one.iterations)
+        | planner
+        | {"name": name, "validation_iterations_per_epoch": one.validation}
+        for name, one in (("first", short), ("floor", amount))
     )
+    return parse(first), parse(study)
 
 
 def measure(
-    network: str, amount: Amount, options: SiteOptions, keep: Callable[[dict[str, Any]], None] = lambda found: None
+    network: str,
+    amount: Amount,
+    options: SiteOptions,
+    short: Amount = Amount(1, 2, 1),
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Plain, federated, plain; see the module. `keep` gets what is known after each step."""
+    """Short rounds, plain, federated, plain; see the module. `keep` gets what is known after each step."""
     found: dict[str, Any] = {"network": network, "device": options.device, "threads": options.threads}
     epoch: dict[str, list[float]] = {}
-    found |= {"poll": options.poll, "amount": asdict(amount), "epoch": epoch}
+    found |= {"poll": options.poll, "amount": asdict(amount), "short": asdict(short), "epoch": epoch}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         here = Path(name)
         data = make_phantom_sites(here / "hospitals", {SITE: NETWORKS[network][1]})
-        first, study = studies(network, amount)
+        first, study = studies(network, amount, short)
         simulation = Simulation(here / "state", data, options)
+        site = simulation.state / "sites" / SITE / "state"
         began = time.time()
         with simulation.running():
             submitted = time.time()
             simulation.conduct(first, Console(file=io.StringIO()))
             found["start"] = starting(simulation, first, began, submitted)
+            found["short_rounds"] = split(simulation, first)
         keep(found)
-        preprocessed = simulation.state / "sites" / SITE / "state" / "worker" / first.id / "nnUNet_preprocessed"
-        epoch["before"] = plain(preprocessed, here / "before", first, amount, options.device)
+        epoch["before"] = plain(site, here / "before", first, amount, options.device)
         keep(found)
         with simulation.running():
             simulation.conduct(study, Console(file=io.StringIO()))
             epoch["federated"], rows = federated(simulation, study), split(simulation, study)
         keys = ("down", "checkpoint", "other", "up", "aggregate")
         found |= {"rounds": rows, "besides": {key: statistics.median(row[key] for row in rows[1:]) for key in keys}}
+        compare(found)
         keep(found)
-        epoch["after"] = plain(preprocessed, here / "after", first, amount, options.device)
-    found["floor"] = statistics.median(epoch["before"][1:] + epoch["after"][1:])
-    found["ratio"] = statistics.median(epoch["federated"][1:]) / found["floor"]
+        epoch["after"] = plain(site, here / "after", first, amount, options.device)
+    compare(found)
     keep(found)
     return found
+
+
+def compare(found: dict[str, Any]) -> None:
+    """The floor, from the plain runs so far, and the federated epoch's ratio to it; medians without the first epoch."""
+    epoch = found["epoch"]
+    found["floor"] = statistics.median(epoch["before"][1:] + epoch.get("after", [])[1:])
+    found["ratio"] = statistics.median(epoch["federated"][1:]) / found["floor"]
 
 
 def tables(found: dict[str, Any], amount: Amount) -> list[Table]:

@@ -1,26 +1,25 @@
 """On a GPU: a federated epoch beside one of `nnUNetv2_train`, first and later rounds, and the GPU's memory over rounds.
 
-    python benchmarks/gpu.py [--network default|resenc_l] [--epochs 3] [--rounds 30] [--output gpu.json]
+    python benchmarks/gpu.py [--network default|resenc_l] [--epochs 3] [--rounds 50] [--output gpu.json]
 
 Needs one CUDA device that nobody else uses, a C compiler (torch.compile), and about 10 GB of disk; makes its own data
 (synthetic volumes of about 144 voxels a side, for which nnU-Net plans its networks of 31 M and 102 M parameters). Mixed
-precision, torch.compile and nnU-Net's own number of loader processes, on both sides (benchmarks/floor.py). What is
-known is printed, and written to the output, after each step.
+precision, torch.compile and nnU-Net's own number of loader processes, on both sides (benchmarks/floor.py).
 
-Then a study of many short rounds: what a round takes, and the most memory that the device had in
-use during each, as nvidia-smi says it. Memory that grows with the rounds would end a long study.
+First a study of many short rounds: what a round takes, and the most memory that the device had in use during each, as
+nvidia-smi says it. Memory that grows with the rounds would end a long study. Then the epochs side by side. What is
+known is printed, and written to the output, after each step.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import importlib.metadata
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,13 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from floor import NETWORKS, SITE, Amount, measure, tables
-from rounds import seconds, split
+from floor import NETWORKS, Amount, measure, tables
 
-from federation.audit import read
-from federation.study import parse
-from orchestrator.admin.phantom import make_phantom_sites, phantom_study
-from orchestrator.admin.simulate import Simulation, SiteOptions
+from orchestrator.admin.simulate import SiteOptions
 
 GPU = ["nvidia-smi", "--format=csv,noheader,nounits"]
 
@@ -65,23 +60,26 @@ def memory() -> Iterator[list[tuple[float, int]]]:
         thread.join()
 
 
-def over_rounds(network: str, rounds: int, iterations: int, options: SiteOptions) -> list[dict[str, Any]]:
-    """Many short rounds: the split of each, and the most memory in use during it."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        planner, site = NETWORKS[network]
-        data = make_phantom_sites(Path(name) / "hospitals", {SITE: site})
-        study = parse(phantom_study([SITE], rounds, iterations) | {"name": "rounds", "planner": planner})
-        simulation = Simulation(Path(name) / "state", data, options)
-        with memory() as used, simulation.running():
-            simulation.conduct(study, Console(file=io.StringIO()))
-            rows = split(simulation, study)
-        lines = read(simulation.study_folder(study) / "journal.jsonl")
-    for row in rows:
-        key = f"train-fold_all-{row['round']:04d}"
-        begin = next(seconds(line) for line in lines if line["event"] == "asked" and line["key"] == key)
-        end = next(seconds(line) for line in lines if line["event"] == "answered" and line["key"] == key)
-        row["gpu_mib"] = max((mib for moment, mib in used if begin <= moment <= end), default=0)
-    return rows
+def with_memory(rows: list[dict[str, Any]], used: list[tuple[float, int]]) -> list[dict[str, Any]]:
+    """Each round with the most memory in use during it, MiB."""
+    return [
+        row | {"gpu_mib": max((mib for moment, mib in used if 0 <= moment - row["began"] <= row["total"]), default=0)}
+        for row in rows
+    ]
+
+
+def over_rounds(rows: list[dict[str, Any]], short: Amount) -> Table:
+    """What the short rounds took, and their memory: the first, and both halves of the others."""
+    table = Table(title=f"{short.epochs} rounds of {short.iterations} iterations, s (medians), and most memory in use")
+    columns = ("total", "start", "down", "train", "validation", "checkpoint", "other", "up", "aggregate")
+    for column in ("round", *columns, "GPU MiB"):
+        table.add_column(column, justify="right")
+    half = len(rows) // 2
+    for title, part in (("1", rows[:1]), (f"2 to {half}", rows[1:half]), (f"{half + 1} on", rows[half:])):
+        if part:
+            middle = (f"{statistics.median(row[column] for row in part):.2f}" for column in columns)
+            table.add_row(title, *middle, str(max(row["gpu_mib"] for row in part)))
+    return table
 
 
 def main() -> None:
@@ -91,40 +89,33 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--validation-iterations", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=50, help="Short rounds, before the epochs.")
     parser.add_argument("--short-iterations", type=int, default=5)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     amount = Amount(arguments.epochs, arguments.iterations, arguments.validation_iterations)
+    short = Amount(arguments.rounds, arguments.short_iterations, 1)
     options = replace(SiteOptions.for_device("cuda", 1), poll=0.5)  # as a hospital has it
     device = subprocess.run(
         [*GPU, "--query-gpu=name,driver_version"], check=True, capture_output=True, encoding="utf-8"
     ).stdout.strip()
-    record: dict[str, Any] = {"device": device}
-    console = Console(width=110)
+    record: dict[str, Any] = {"device": device, "torch": importlib.metadata.version("torch")}
+    console = Console(width=120)
     console.print(device)
-
-    def keep(found: dict[str, Any]) -> None:
-        record.update(found)
-        print(f"{time.monotonic() - began:.0f} s:", json.dumps(found["epoch"]), flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-
     began = time.monotonic()
-    found = measure(arguments.network, amount, options, keep)
+    with memory() as used:
+
+        def keep(found: dict[str, Any]) -> None:
+            if "short_rounds" not in record:
+                found["short_rounds"] = with_memory(found["short_rounds"], used)
+                console.print(over_rounds(found["short_rounds"], short))
+            record.update(found)
+            print(f"{time.monotonic() - began:.0f} s:", json.dumps(found["epoch"]), flush=True)
+            if arguments.output:
+                arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+        found = measure(arguments.network, amount, options, short, keep)
     for table in tables(found, amount):
-        console.print(table)
-    if arguments.rounds:
-        rows = over_rounds(arguments.network, arguments.rounds, arguments.short_iterations, options)
-        keep(found | {"short_rounds": rows})
-        table = Table(title=f"{arguments.rounds} rounds of {arguments.short_iterations} iterations")
-        columns = ("round", "total", "start", "down", "train", "validation", "checkpoint", "other", "up", "aggregate")
-        for column in (*columns, "GPU MiB"):
-            table.add_column(column, justify="right")
-        half = len(rows) // 2
-        for title, part in (("1", rows[:1]), (f"2 to {half}", rows[1:half]), (f"{half + 1} on", rows[half:])):
-            middle = (f"{statistics.median(row[column] for row in part):.2f}" for column in columns[1:])
-            table.add_row(title, *middle, str(max(row["gpu_mib"] for row in part)))
         console.print(table)
 
 

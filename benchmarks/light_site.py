@@ -121,9 +121,9 @@ class Light:
 
         digest = weights.write_tensors(new, file.specs, moved)
         header = weights.describe_full(new, digest)
-        if task.study.wire == "half":
+        if task.study.wire != "full":
             carry = self._folder / "carry"
-            weights.encode_difference(new, base, carry, self._folder / "difference", carry)
+            weights.encode_difference(new, base, carry, self._folder / "difference", carry, task.study.wire)
             new = self._folder / "difference"
             header = weights.describe_difference(new, task.weights.digest, digest)
         epochs = task.study.epochs_per_round

@@ -63,6 +63,7 @@ def split(simulation: Simulation, study: Study) -> list[dict[str, Any]]:
             {
                 "round": number,
                 "site": last,
+                "began": min(map(seconds, asked.values())),
                 "total": seconds(aggregated) - min(map(seconds, asked.values())),
                 "down": laid_in - seconds(asked[last]),
                 **spent,

@@ -1,6 +1,6 @@
 """A hospital behind a slow line that breaks: does the round end, how long does it take, what is sent twice.
 
-    python benchmarks/slow_lines.py [--megabits 30] [--cut 10] [--output slow_lines.json]
+    python benchmarks/slow_lines.py [--megabits 30] [--cut 10] [--lines none half-open] [--output slow_lines.json]
 
 Two light (simulated) sites with real links and supernodes, nnU-Net's default network (124.8 MB each way), one round a
 study, `wire: full`. The first site's connection goes through benchmarks/line.py: so many Mbit/s in each direction, 20
@@ -33,6 +33,12 @@ from orchestrator.admin.simulate import Simulation, SiteOptions
 
 MODEL = 124.8e6
 SLOW = "light_a"
+LINES = {
+    "none": "none",
+    "download": "cut in the download",
+    "upload": "cut in the upload",
+    "half-open": "half-open in the upload",
+}
 
 
 class Slow(Simulation):
@@ -40,6 +46,11 @@ class Slow(Simulation):
 
     line: Line | None = None
     megabits: float = 30.0
+
+    @property
+    def floor(self) -> float:
+        """Seconds of a round's bytes, there and back."""
+        return 2 * MODEL * 8e-6 / self.megabits
 
     def address(self, name: str, fleet_port: int) -> str:
         """The line for the first site."""
@@ -49,14 +60,14 @@ class Slow(Simulation):
         return f"127.0.0.1:{self.line.port}"
 
 
-def disturbance(line: Line, kind: str, seconds: float) -> Callable[[], None]:
+def disturbance(line: Line, kind: str, seconds: float, floor: float) -> Callable[[], None]:
     """What happens to the line in the middle of a round's transfer."""
     up, down = line.up, line.down
 
     def go() -> None:
         if kind == "none":
             return
-        end = time.monotonic() + 1200
+        end = time.monotonic() + 1200 + floor
         while (line.down - down if "download" in kind else line.up - up) < MODEL / 2:
             if time.monotonic() > end:
                 return
@@ -68,9 +79,10 @@ def disturbance(line: Line, kind: str, seconds: float) -> Callable[[], None]:
 
 def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
     """One study of one round; its bytes and seconds from the task's push to the answer."""
-    study = large_ct(f"line-{kind.replace(' ', '-').replace(',', '')}", ["light_a", "light_b"], 1, "full")
     line = simulation.line
     assert line is not None
+    name, deadline = f"line-{kind.replace(' ', '-')}", 900 + round(2 * simulation.floor + seconds)
+    study = large_ct(name, ["light_a", "light_b"], 1, "full", deadline)
     told: list[dict[str, Any]] = []
     count: dict[str, tuple[int, int]] = {}
 
@@ -78,7 +90,7 @@ def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
         told.append(row)
         if row["event"] == "weights" and row["round"] == 0:
             count["before"] = line.up, line.down
-            threading.Thread(target=disturbance(line, kind, seconds), daemon=True).start()
+            threading.Thread(target=disturbance(line, kind, seconds, simulation.floor), daemon=True).start()
         if row["event"] == "closed":
             count["after"] = line.up, line.down
 
@@ -100,6 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabits", type=float, default=30.0)
     parser.add_argument("--cut", type=float, default=10.0, help="Seconds without the line.")
+    parser.add_argument(
+        "--lines", nargs="+", choices=list(LINES), default=list(LINES), help="Which; `none` goes first."
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -115,12 +130,12 @@ def main() -> None:
             light = [LightSite(simulation.state / "sites" / site / "state") for site in simulation.sites]
             for site in light:
                 site.start()
-            for kind in ("none", "cut in the download", "cut in the upload", "half-open in the upload"):
+            for kind in (title for line, title in LINES.items() if line in {"none", *arguments.lines}):
                 rows.append(one_round(simulation, kind, arguments.cut))
                 print(json.dumps(rows[-1]), flush=True)
             for site in light:
                 site.stop()
-    floor = 2 * MODEL * 8e-6 / arguments.megabits
+    floor = simulation.floor
     calm = rows[0]
     table = Table(title=f"{arguments.megabits:g} Mbit/s, the line away for {arguments.cut:g} s; floor {floor:.0f} s")
     for column in ("", "s", "to the site MB", "from the site MB", "sent twice MB", "times asked"):

@@ -1,4 +1,4 @@
-"""Bytes on the wire for each site and round, counted at the socket: nnU-Net's default 31 M network, full and half.
+"""Bytes on the wire for each site and round, counted at the socket: nnU-Net's default network, each `wire`.
 
     python benchmarks/wire.py [--rounds 4] [--output wire.json]
 
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 from rich.console import Console
@@ -49,7 +49,7 @@ class Counted(Simulation):
         return f"127.0.0.1:{self.proxy.port}"
 
 
-def large_ct(name: str, sites: list[str], rounds: int, wire: str) -> Study:
+def large_ct(name: str, sites: list[str], rounds: int, wire: str, deadline: int = 900) -> Study:
     """A study for which nnU-Net plans its default network."""
     return parse(
         {
@@ -61,7 +61,7 @@ def large_ct(name: str, sites: list[str], rounds: int, wire: str) -> Study:
             "rounds": rounds,
             "wire": wire,
             "fold": "all",
-            "round_deadline": 900,
+            "round_deadline": deadline,
         }
     )
 
@@ -146,7 +146,7 @@ def main() -> None:
             light = [LightSite(simulation.state / "sites" / site / "state") for site in sites]
             for site in light:
                 site.start()
-            for wire in ("full", "half"):
+            for wire in get_args(Study.model_fields["wire"].annotation):
                 for row in rounds_of(simulation, large_ct(f"wire_{wire}", sorted(sites), arguments.rounds, wire)):
                     rows.append({"wire": wire, **row})
                     both = row["up"] + row["down"]

@@ -22,7 +22,13 @@ from typing import Any
 
 from federation.errors import Code, FednnunetError
 
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
+_DISK = {*_FULL, errno.EACCES, errno.EPERM}
+
+
+def says_disk(error: BaseException) -> bool:
+    """Whether an error says by itself that a disk is full or read-only: what one who reads files cannot meet."""
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def disk_error(error: OSError, path: Path) -> FednnunetError | None:

@@ -40,6 +40,17 @@ def fold_of(fold: str) -> int | str:
     return fold if fold == "all" else int(fold)
 
 
+def use_threads(torch: Any, device: str, threads: int | None) -> None:
+    """Let torch use so many CPU threads in this process; None: one beside a GPU, as nnU-Net has it, else torch's own.
+
+    Beside a GPU the cores belong to the processes that augment: copies in as many threads take turns with them.
+    """
+    if threads is None and device.partition(":")[0] == "cuda":
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def trainer_module(name: str) -> str:
     """The dotted module of nnU-Net that defines the trainer class `name`; raises FNU-403."""
     package = importlib.util.find_spec("nnunetv2")

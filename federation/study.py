@@ -199,10 +199,10 @@ class Study(BaseModel):
         description="What a site's optimizer remembers of the round before: `keep` its momentum, or `reset` it.",
     )
     aggregation: Aggregation = Field(default_factory=Aggregation, description="How updates are put together.")
-    wire: Literal["full", "half"] = Field(
+    wire: Literal["full", "half", "int8"] = Field(
         "full",
-        description="`full`: float32, lossless. `half`: float16 differences, half the bytes; the rounding is carried "
-        "over to the next round.",
+        description="`full`: float32, lossless. `half`: float16 differences, half the bytes. `int8`: differences in 8 "
+        "bits, a quarter of the bytes. What is rounded away is carried over to the next round.",
     )
     quorum: int | None = Field(
         None, ge=1, description="How many sites a round needs at its deadline; empty: all of them."

@@ -48,7 +48,7 @@ class Weights(_Body):
     """Describes the safetensors file that travels next to a task or an answer.
 
     `encoding` "full": the file holds the weights themselves, float32.
-    `encoding` "difference": the file holds float16 differences to the weights whose digest is `base`
+    `encoding` "difference": the file holds differences to the weights whose digest is `base`, in fewer bits
     (see federation.weights); `digest` is that of the float32 weights that come out.
     `encoding` "held": no file travels, the receiver has the weights `digest` already.
     """

@@ -5,10 +5,12 @@ Rules:
 - A file holds unique parameters and buffers alone (`named_parameters()`, never the aliased `state_dict()`), in
   the order of their names: the same tensors give the same bytes, so a file's SHA-256 is the weights' digest.
 - Nothing is unpickled and nothing is mapped into memory: a reader holds one tensor.
-- `full` carries float32. A `difference` carries float16 differences to a base both sides hold, each tensor scaled by
-  a power of two so that its largest value uses float16's whole range (small steps late in a training would fall
-  below float16's smallest number); what the rounding took is carried over to the next difference (error feedback),
-  so nothing is lost for good. The exponents stand in the file's last tensor, `EXPONENTS`.
+- `full` carries float32. A `difference` carries differences to a base both sides hold, as float16 (`half`) or as
+  whole numbers of 8 bits (`int8`), each tensor scaled by a power of two so that its largest value uses the whole range
+  (small steps late in a training would fall below float16's smallest number); what the rounding took is carried over
+  to the next difference (error feedback), so nothing is lost for good. The exponents stand in the file's last tensor,
+  `EXPONENTS`. Vectors (norm layers, biases, statistics) stay float16 in `int8`: they are few bytes, and one channel's
+  large step would drown the others'.
 - Tensors that are not float32 (integer counters of batch norm) travel as they are, also in a difference.
 - A file from a peer is checked before it is believed: header size, names, dtypes, shapes, offsets, file size.
 
@@ -25,7 +27,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -35,13 +37,27 @@ from federation.files import replacing, sha256_of
 from federation.tasks import Weights
 
 Tensor = npt.NDArray[Any]
+Wire = Literal["half", "int8"]
+"""The ways in which a difference travels."""
 
 MAX_HEADER = 16 * 2**20
 MAX_NAME = 512
 MAX_DIMENSIONS = 8
 EXPONENTS = "~exponents"
 """Name of the tensor, int32, that holds a difference's exponents in the order of the names."""
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+SINGLE, HALF, BYTE = np.dtype("<f4"), np.dtype("<f2"), np.dtype("|i1")
+_BITS = {HALF: 15, BYTE: 7}
+"""Binary digits before the point of the largest number that a difference's type takes."""
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
 _CODES = {np.dtype(value): key for key, value in _DTYPES.items()}
 
 
@@ -248,18 +264,21 @@ def select(path: Path, names: Mapping[str, str], out: Path) -> str:
     return write_tensors(out, specs, read)
 
 
-def difference_specs(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Specs of a difference between weights with these specs: float32 becomes float16, and there are exponents."""
-    found = {
-        name: Spec(np.dtype("<f2"), spec.shape) if spec.dtype == np.dtype("<f4") else spec
-        for name, spec in specs.items()
-    }
+def difference_specs(specs: Mapping[str, Spec], wire: Wire) -> dict[str, Spec]:
+    """Specs of a difference between weights with these specs: float32 becomes smaller, and there are exponents."""
+
+    def smaller(spec: Spec) -> Spec:
+        if spec.dtype != SINGLE:
+            return spec
+        return Spec(BYTE if wire == "int8" and len(spec.shape) > 1 else HALF, spec.shape)
+
+    found = {name: smaller(spec) for name, spec in specs.items()}
     found[EXPONENTS] = Spec(np.dtype("<i4"), (len(specs),))
     return found
 
 
 def exponents(difference: TensorFile) -> dict[str, int]:
-    """The exponent of each tensor of a difference: its values are ``float16 * 2**exponent``. Raises FNU-603."""
+    """The exponent of each tensor of a difference: its values are ``number * 2**exponent``. Raises FNU-603."""
     names = [name for name in difference.names if name != EXPONENTS]
     if EXPONENTS not in difference.specs or difference.spec(EXPONENTS) != Spec(np.dtype("<i4"), (len(names),)):
         raise _damaged(difference.path, "a difference without exponents")
@@ -269,12 +288,19 @@ def exponents(difference: TensorFile) -> dict[str, int]:
     return {name: int(value) for name, value in zip(names, values, strict=True)}
 
 
-def _exponent(values: Tensor) -> int:
-    """The power of two that brings the largest value just below float16's largest."""
+def _exponent(values: Tensor, dtype: np.dtype[Any]) -> int:
+    """The power of two that brings the largest value just below the largest number of a difference's type."""
     largest = float(np.max(np.abs(values), initial=0.0))
     if largest == 0.0 or not math.isfinite(largest):
         return 0
-    return max(math.frexp(largest)[1] - 15, -126)
+    return max(math.frexp(largest)[1] - _BITS[dtype], -126)
+
+
+def _rounded(scaled: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """Numbers in a difference's type; 8 bits are -127 to 127."""
+    if dtype == BYTE:
+        scaled = np.clip(np.rint(scaled), -127, 127)
+    return scaled.astype(dtype)
 
 
 def _same_specs(first: TensorFile, second: TensorFile) -> None:
@@ -282,8 +308,8 @@ def _same_specs(first: TensorFile, second: TensorFile) -> None:
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{first.path} and {second.path}: names, shapes or types differ")
 
 
-def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carry_out: Path) -> str:
-    """Float16 difference of two weights files, with error feedback (Seide et al. 2014, 1-bit SGD, section 2).
+def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carry_out: Path, wire: Wire) -> str:
+    """The difference of two weights files, with error feedback (Seide et al. 2014, 1-bit SGD, section 2).
 
     Parameters
     ----------
@@ -293,19 +319,21 @@ def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carr
         What earlier roundings took away, added before this rounding.
     out, carry_out : Path
         Where the difference goes, and what this rounding took away.
+    wire : str
+        `half` or `int8`.
 
     Returns
     -------
     str
-        SHA-256 of `out`.
+        SHA-256 of `out`. Raises FNU-407 when a weight is not a finite number.
     """
     new_file, base_file = TensorFile(new), TensorFile(base)
     _same_specs(new_file, base_file)
     carry_file = TensorFile(carry) if carry is not None and carry.exists() else None
     if carry_file is not None and not set(carry_file.specs) <= set(new_file.specs):
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{carry}")
-    single = np.dtype("<f4")
-    carried = {name: spec for name, spec in new_file.specs.items() if spec.dtype == single}
+    specs = difference_specs(new_file.specs, wire)
+    carried = {name: spec for name, spec in new_file.specs.items() if spec.dtype == SINGLE}
 
     with replacing(carry_out) as temporary, open(temporary, "wb") as stream:
         rest = TensorWriter(stream, carried)
@@ -322,12 +350,15 @@ def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carr
             value -= base_file.read(name)
             if carry_file is not None:
                 value += carry_file.read(name)
-            scales.append(_exponent(value))
-            half = np.ldexp(value, -scales[-1]).astype("<f2")
-            rest.write(value - np.ldexp(half.astype(single), scales[-1]))
-            return half
+            if not np.isfinite(value).all():
+                raise FednnunetError(Code.LOSS_NOT_FINITE, f"{new}: {name} holds NaN or infinite numbers")
+            dtype = specs[name].dtype
+            scales.append(_exponent(value, dtype))
+            sent = _rounded(np.ldexp(value, -scales[-1]), dtype)
+            rest.write(value - np.ldexp(sent.astype(SINGLE), scales[-1]))
+            return sent
 
-        digest = write_tensors(out, difference_specs(new_file.specs), rounded)
+        digest = write_tensors(out, specs, rounded)
         rest.finish()
         stream.flush()
     return digest
@@ -336,16 +367,16 @@ def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carr
 def apply_difference(base: Path, difference: Path, out: Path) -> str:
     """Float32 weights ``base + difference``; returns their digest. Raises FNU-404 when they do not fit."""
     base_file, difference_file = TensorFile(base), TensorFile(difference)
-    if difference_file.specs != difference_specs(base_file.specs):
+    if difference_file.specs not in [difference_specs(base_file.specs, wire) for wire in get_args(Wire)]:
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{difference} is no difference to {base}")
 
     scales = exponents(difference_file)
 
     def weights_of(name: str) -> Tensor:
         value = difference_file.read(name)
-        if base_file.spec(name).dtype != np.dtype("<f4"):
+        if base_file.spec(name).dtype != SINGLE:
             return value
-        restored: Tensor = base_file.read(name) + np.ldexp(value.astype("<f4"), scales[name])
+        restored: Tensor = base_file.read(name) + np.ldexp(value.astype(SINGLE), scales[name])
         return restored
 
     return write_tensors(out, base_file.specs, weights_of)

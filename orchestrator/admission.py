@@ -103,16 +103,16 @@ def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: 
     digest = sha256_of(update)
     if header.file_sha256 != digest or header.nbytes != update.stat().st_size:
         raise refuse("the weights file is not the one that the answer describes")
-    half = task.study.wire == "half"
-    if header.encoding != ("difference" if half else "full"):
-        raise refuse(f"encoding {header.encoding}, but the study says wire: {task.study.wire}")
-    if half and (task.weights is None or header.base != task.weights.digest):
+    wire = task.study.wire
+    if header.encoding != ("full" if wire == "full" else "difference"):
+        raise refuse(f"encoding {header.encoding}, but the study says wire: {wire}")
+    if wire != "full" and (task.weights is None or header.base != task.weights.digest):
         raise refuse("a difference to other weights than this round's")
     try:
         update_file, base_file = TensorFile(update), TensorFile(base)
     except FednnunetError as error:
         raise refuse(error.found) from error
-    expected = difference_specs(base_file.specs) if half else base_file.specs
+    expected = base_file.specs if wire == "full" else difference_specs(base_file.specs, wire)
     if set(update_file.specs) != set(expected):
         extra, missing = set(update_file.specs) - set(expected), set(expected) - set(update_file.specs)
         raise refuse(f"{len(missing)} tensors missing, {len(extra)} unknown")
@@ -120,21 +120,21 @@ def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: 
         if update_file.spec(name) != expected[name]:
             raise refuse(f"tensor {name} has another shape or type")
     try:
-        scales = exponents(update_file) if half else {}
+        scales = {} if wire == "full" else exponents(update_file)
     except FednnunetError as error:
         raise refuse(error.found) from error
     distance = norm = 0.0
     for name in base_file.names:
         value, reference = update_file.read(name), base_file.read(name)
-        if not np.issubdtype(value.dtype, np.floating):
+        if not np.issubdtype(reference.dtype, np.floating):
             continue
         if not np.isfinite(value).all():
             raise refuse(f"tensor {name} holds NaN or infinite numbers")
-        if name.endswith("running_var") and not half and (value < 0).any():
+        if name.endswith("running_var") and wire == "full" and (value < 0).any():
             raise refuse(f"tensor {name} holds a negative variance")
         flat = reference.reshape(-1)
         norm += float(np.dot(flat, flat))
-        moved = (np.ldexp(value.astype(np.float32), scales[name]) if half else value - reference).reshape(-1)
+        moved = (value - reference if wire == "full" else np.ldexp(value.astype(np.float32), scales[name])).reshape(-1)
         with np.errstate(over="ignore"):
             distance += float(np.dot(moved, moved))
     ratio = task.study.aggregation.max_update_ratio

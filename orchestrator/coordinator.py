@@ -413,12 +413,13 @@ class Conductor:
         before, after = journal.optimizer_file(fold, number - 1), journal.optimizer_file(fold, number)
         rule = study.aggregation
         chosen = select(rule, updates, base) if rule.method in KRUM else None
-        if study.wire == "full":
+        wire = study.wire
+        if wire == "full":
             return aggregate(rule, updates, base, out, before, after, chosen), chosen
         exact = out.with_name("exact.safetensors")
         aggregate(rule, updates, base, exact, before, after, chosen)
         difference, carry = out.with_name("difference.safetensors"), out.with_name("carry.safetensors")
-        weights.encode_difference(exact, base, base.with_name("carry.safetensors"), difference, carry)
+        weights.encode_difference(exact, base, base.with_name("carry.safetensors"), difference, carry, wire)
         exact.unlink()
         return weights.apply_difference(base, difference, out), chosen
 

@@ -10,7 +10,7 @@ Layout of a study's folder::
     rounds/fold_K/0000/global.safetensors        the initial weights
     rounds/fold_K/NNNN/updates/SITE.{json,safetensors}
     rounds/fold_K/NNNN/global.safetensors        the weights after round NNNN
-    rounds/fold_K/NNNN/difference.safetensors    the same as a float16 difference (wire: half)
+    rounds/fold_K/NNNN/difference.safetensors    the same as a difference (wire: half, int8)
     rounds/fold_K/NNNN/optimizer.safetensors     the state of the orchestrator's optimizer
     rounds/fold_K/NNNN/*-VIEW.safetensors        what a site gets that shares a part (orchestrator.views)
     quarantine/KEY-SITE-ATTEMPT.{json,safetensors}

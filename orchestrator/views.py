@@ -2,8 +2,9 @@
 
 Rules:
 
-- The store (`global.safetensors`, and with `wire: half` its `difference.safetensors`) is what the journal speaks of. A
-  view is made of it when it is asked for, and made again where it is missing: the same store gives the same bytes.
+- The store (`global.safetensors`, and with `wire: half` or `int8` its `difference.safetensors`) is what the journal
+  speaks of. A view is made of it when it is asked for, and made again where it is missing: the same store gives the
+  same bytes.
 - A site that shares the whole store under the same names gets the store itself: with one network nothing is copied.
 - Sites with the same network have one view between them.
 """

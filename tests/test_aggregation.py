@@ -67,13 +67,14 @@ def test_equal_updates_of_any_weight_give_themselves_bit_for_bit(tmp_path: Path)
     assert weighted_mean(updates, tmp_path / "same", tmp_path / "out") == digest
 
 
-def test_the_mean_of_half_differences_is_the_base_plus_their_mean(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wire", "error"), [("half", 4e-3), ("int8", 2.0**-5)])
+def test_the_mean_of_differences_is_the_base_plus_their_mean(tmp_path: Path, wire: weights.Wire, error: float) -> None:
     weights.save(tmp_path / "base", model(0))
     updates = {}
     for number in (1, 2, 3):
         weights.save(tmp_path / "new", model(number))
         weights.encode_difference(
-            tmp_path / "new", tmp_path / "base", None, tmp_path / f"d{number}", tmp_path / "carry"
+            tmp_path / "new", tmp_path / "base", None, tmp_path / f"d{number}", tmp_path / "carry", wire
         )
         updates[f"s{number}"] = Update(tmp_path / f"d{number}", float(number))
     weighted_mean(updates, tmp_path / "base", tmp_path / "out")
@@ -81,7 +82,7 @@ def test_the_mean_of_half_differences_is_the_base_plus_their_mean(tmp_path: Path
         expected = np.average(
             [model(number)[name].astype(np.float64) for number in (1, 2, 3)], axis=0, weights=(1, 2, 3)
         )
-        np.testing.assert_allclose(TensorFile(tmp_path / "out").read(name), expected, rtol=0, atol=4e-3)
+        np.testing.assert_allclose(TensorFile(tmp_path / "out").read(name), expected, rtol=0, atol=error)
 
 
 def test_counters_of_batch_norm_take_the_largest_value(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def partly_held(
         if half:
             own = {name: np.zeros(4, np.float32) for name in tensors} | {layout[key]: base[key] for key in layout}
             weights.save(folder / "own", own)
-            weights.encode_difference(path, folder / "own", None, folder / "difference", folder / "carry")
+            weights.encode_difference(path, folder / "own", None, folder / "difference", folder / "carry", "half")
             weights.apply_difference(folder / "own", folder / "difference", path)
             tensors = {name: TensorFile(path).read(name) for name in tensors}
             (folder / "difference").replace(path)

@@ -96,7 +96,7 @@ class Sites:
         self.base, self.state, self.number = self.folder / "base", self.folder / "none", 0
 
     def models(self, size: float = 0.02) -> tuple[list[Model], dict[str, Update]]:
-        """This round's updates; with `half`, every second travels as a difference."""
+        """This round's updates; with `half`, every second travels as a difference, in turn in 8 and in 16 bits."""
         models, updates = [], {}
         for number, count in enumerate(self.cases):
             model = step(self.random, self.current(), size)
@@ -104,7 +104,7 @@ class Sites:
             weights.save(path, model)
             if self.half and number % 2 == 0:
                 difference, carry = self.folder / "difference", self.folder / "carry"
-                weights.encode_difference(path, self.base, None, difference, carry)
+                weights.encode_difference(path, self.base, None, difference, carry, "half" if number % 4 else "int8")
                 weights.apply_difference(self.base, difference, path)
                 model = read(path)
                 difference.replace(path)

@@ -16,6 +16,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.node_pb2 import Node as FlowerNode
 
 from appliance import identity
 from appliance.spool import Spool
@@ -281,6 +283,49 @@ def test_more_bytes_than_expected_are_refused_before_they_are_fetched(line: Line
         line.coordinate(handle)
     assert "FNU-603" in caught[0]
     assert not (tmp_path / "arrived").exists()
+
+
+def test_a_message_whose_announcement_was_lost_with_the_line_is_announced_again(line: Line, tmp_path: Path) -> None:
+    """Flower gives a message out once: the site would miss the exchange."""
+    task = Task(study=STUDY, site=SITE, kind=Kind.DESCRIBE, attempt=3)
+    fleet = clients.fleet_client(
+        f"127.0.0.1:{line.server.fleet_port}",
+        line.authority.ca.read_bytes(),
+        line.state.parent / "config" / "site.key",
+        max_time=5,
+    )
+    (supernode,) = (
+        process
+        for process in psutil.Process(line.supervisor.children[1].pid).children(recursive=True)
+        if "supernode" in process.cmdline()
+    )
+    lost: list[Any] = []
+
+    def lose(node: int) -> None:
+        while not lost:
+            time.sleep(0.05)
+            lost.extend(fleet.PullMessages(PullMessagesRequest(node=FlowerNode(node_id=node))).messages_list)
+        supernode.resume()
+
+    def answer(given: Task) -> tuple[Result, Path | None]:
+        return Result.answering(given, description=tasks.Description(training_cases=1, test_cases=0)), None
+
+    got: list[Received] = []
+
+    def handle(run: Run) -> None:
+        supernode.suspend()
+        thief = threading.Thread(target=lose, args=(run.nodes()[SITE].node_id,), daemon=True)
+        thief.start()
+        got.append(line.exchange(run, task, tmp_path / "arrived"))
+        thief.join()
+
+    try:
+        with Worker(line.spool, answer):
+            line.coordinate(handle)
+    finally:
+        supernode.resume()
+    assert got[0].error_code is None
+    assert len(lost) == 1
 
 
 def test_a_task_for_another_site_is_refused_by_the_link(line: Line, tmp_path: Path) -> None:

@@ -452,6 +452,7 @@ def test_plain_words_say_what_leaves() -> None:
     asym = in_plain_words(a_study(mode="asymfedavg", keep_local=["seg_head"]), SITE)
     assert "No fingerprint." in asym
     assert "without the layers seg_head" in asym
+    assert "as differences in 8 bits" in in_plain_words(a_study(wire="int8"), SITE)
     assert "nothing finer than 3 cases" in in_plain_words(a_study(fingerprint_min_cases=3), SITE)
 
 

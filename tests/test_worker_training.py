@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -218,15 +219,17 @@ def test_a_failure_is_numbers_alone_and_its_traceback_stays_at_the_site(
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "code"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Code.OUT_OF_MEMORY),
+        (MemoryError(), Code.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), Code.OUT_OF_MEMORY),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Code.DISK_FULL),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), Code.DISK_FULL),
     ],
 )
-def test_out_of_memory_is_its_own_code_and_the_next_attempt_begins_afresh(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_what_the_machine_lacks_is_its_own_code_and_the_next_attempt_begins_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code
 ) -> None:
     site = prepared_site(tmp_path)
     site.ask(site.task(TRAIN, 1), initial_weights())
@@ -236,7 +239,7 @@ def test_out_of_memory_is_its_own_code_and_the_next_attempt_begins_afresh(
 
     with monkeypatch.context() as patch:
         patch.setattr(site.worker.trainer.trainer, "train_step", exhausted)
-        assert codes(site.ask(site.task(TRAIN, 2), initial_weights())) == [Code.OUT_OF_MEMORY.number]
+        assert codes(site.ask(site.task(TRAIN, 2), initial_weights())) == [code.number]
     assert site.worker.trainer is None
     again = site.ask(site.task(TRAIN, 2, attempt=2), initial_weights())
     assert again.failure is None
@@ -294,7 +297,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_a_difference_to_weights_that_the_site_lacks_asks_for_them_in_full(tmp_path: Path) -> None:
     site = prepared_site(tmp_path)
     difference = site.settings.spool / "difference.safetensors"
-    weights.encode_difference(initial_weights(), initial_weights(), None, difference, tmp_path / "carry")
+    weights.encode_difference(initial_weights(), initial_weights(), None, difference, tmp_path / "carry", "half")
     header = weights.describe_difference(difference, "0" * 64, files.sha256_of(initial_weights()))
     task = site.task(TRAIN, 1, weights=header)
     site.spool.put_task(task, difference)
@@ -305,8 +308,9 @@ def test_a_difference_to_weights_that_the_site_lacks_asks_for_them_in_full(tmp_p
     assert result.failure.retry
 
 
-def test_a_downlink_difference_to_the_last_global_gives_the_same_round(tmp_path: Path) -> None:
-    full, small = prepared_site(tmp_path / "full", wire="half"), prepared_site(tmp_path / "small", wire="half")
+@pytest.mark.parametrize("wire", ["half", "int8"])
+def test_a_downlink_difference_to_the_last_global_gives_the_same_round(tmp_path: Path, wire: str) -> None:
+    full, small = prepared_site(tmp_path / "full", wire=wire), prepared_site(tmp_path / "small", wire=wire)
     for site in (full, small):
         site.ask(site.task(TRAIN, 1), initial_weights())
     task = full.task(TRAIN, 1)
@@ -314,7 +318,7 @@ def test_a_downlink_difference_to_the_last_global_gives_the_same_round(tmp_path:
     full.ask(full.task(TRAIN, 2), second)
 
     difference = small.settings.spool / "difference.safetensors"
-    weights.encode_difference(second, initial_weights(), None, difference, tmp_path / "carry")
+    weights.encode_difference(second, initial_weights(), None, difference, tmp_path / "carry", wire)
     header = weights.describe_difference(difference, files.sha256_of(initial_weights()), files.sha256_of(second))
     task = small.task(TRAIN, 2, weights=header)
     small.spool.put_task(task, difference)
@@ -493,3 +497,12 @@ def test_a_loader_that_loses_a_batch_at_its_end_is_quiet_and_other_faults_are_to
     assert told == []
     end_with(ValueError("a fault of ours"))
     assert told == [ValueError]
+
+
+def test_beside_a_gpu_torch_has_one_thread_where_none_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nnUNetv2_train: the cores belong to the processes that augment."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for device, threads in (("cuda:1", None), ("cuda", 4), ("cpu", None), ("cpu", 2)):
+        native.use_threads(torch, device, threads)
+    assert asked == [1, 4, 2]

@@ -26,7 +26,7 @@ from federation.errors import Code
 
 PATH = "/doctor"
 SECONDS, MOST, PIECE = 3.0, 32 * 2**20, 64 * 2**10
-NETWORK = {"full": 125e6, "half": 62e6}
+NETWORK = {"full": 125e6, "half": 62e6, "int8": 31e6}
 """Bytes of the default network (31 M parameters) each way."""
 CHUNK, AT_A_TIME, CHUNK_SECONDS = 5 * 2**20, 2, 180.0
 """How Flower moves weights, and how long one chunk may take (federation.flower.transfer)."""
@@ -178,7 +178,8 @@ def _judge(context: Context, upload: tuple[int, float] | None, request: float) -
             measured=measured,
         )
     if 2 * way > SLOW:
-        return warn(found, "Ask IT for more bandwidth, and the coordinator for `wire: half`.", measured=measured)
+        smaller = "Ask IT for more bandwidth, and the coordinator for `wire: half` or `int8`."
+        return warn(found, smaller, measured=measured)
     return ok(found, measured=measured)
 
 

@@ -196,8 +196,7 @@ def _trainer(
 ) -> Any:
     """nnU-Net's trainer of the first stage, with the finished global weights of one fold."""
     control.check()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    native.use_threads(torch, settings.device, settings.threads)
     base = native.trainer_class(first.trainer)
     trainer = type(base.__name__, (_FirstStageTraining, base), {"__module__": __name__})(
         {**plans, "continue_training": False},

@@ -20,7 +20,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -416,7 +415,7 @@ class Worker:
         code = FAILED.get(task.kind, Code.TASK_FAILED)
         if isinstance(error, FednnunetError):
             code = error.code
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif files.says_disk(error):
             code = Code.DISK_FULL
         elif self._is_out_of_memory(error):
             code = Code.OUT_OF_MEMORY

@@ -193,8 +193,7 @@ class FoldTrainer:
         self.dataset_json = workspace.dataset_json()
         check_plans(self.plans, study)
         workspace.enter()
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        native.use_threads(torch, settings.device, settings.threads)
         device = torch.device(settings.device.partition(":")[0])
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -232,7 +231,7 @@ class FoldTrainer:
         return max((number for number, _ in self._states() if number < before), default=0)
 
     def carry(self, number: int) -> Path:
-        """What the rounding of updates had taken away after a round (wire: half)."""
+        """What the rounding of updates had taken away after a round (wire: half, int8)."""
         return self.workspace.state(self.fold) / f"after-{number:04d}.carry.safetensors"
 
     def resume(self, before: int) -> None:
@@ -404,13 +403,14 @@ class FoldTrainer:
         return outputs
 
     def _write_update(self, before: int, number: int, global_weights: Path, digest: str, out: Path) -> tasks.Weights:
-        if self.study.wire == "full":
+        wire = self.study.wire
+        if wire == "full":
             return weights.describe_full(out, native.save_weights(self.trainer.network, out, self.shared))
         whole = out.with_name(f"{out.name}.whole")
         carry = self.carry(before) if before > 0 else None
         try:
             native.save_weights(self.trainer.network, whole, self.shared)
-            weights.encode_difference(whole, global_weights, carry, out, self.carry(number))
+            weights.encode_difference(whole, global_weights, carry, out, self.carry(number), wire)
             arrives = weights.apply_difference(global_weights, out, whole)
         finally:
             whole.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from typing import Any
 from appliance.settings import Settings
 from appliance.worker import process
 from appliance.worker.__main__ import environment
+from federation import native
 from federation.errors import Code, FednnunetError
 from federation.study import Study
 
@@ -93,8 +94,7 @@ def training(settings: Settings, study: Study | None) -> dict[str, Any]:
     check_device(settings)
     kind = settings.device.partition(":")[0]
     patch, batch = (GPU_PATCH, GPU_BATCH) if kind == "cuda" else (CPU_PATCH, CPU_BATCH)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    native.use_threads(torch, settings.device, settings.threads)
     torch.backends.cudnn.benchmark = kind == "cuda"
     where = torch.device(kind)
     strides = [1, *[2] * (STAGES - 1)]

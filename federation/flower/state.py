@@ -9,10 +9,14 @@ Flower answers a message for its node once the node's heartbeat is 60 s late: th
 thrown away and sent again, for a line that is away for a minute; and it forgets an answer of which no part has come for
 three minutes. Here both stay for `SILENCE` seconds more; who is online is said as before, and a node that starts again
 is known by its activation.
+
+Flower gives a message out once: where the answer that names it is lost with the line, the node never fetches it, and
+the coordinator waits for it until the round's deadline. Here it is given out again.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from typing import Any
 
@@ -31,6 +35,8 @@ THREADS = 40
 """anyio's limit of threads, which the server's handlers run in."""
 SILENCE = 600.0
 """Seconds for which a node that is offline keeps what it was sent, and what it has uploaded of an answer."""
+UNHEARD = 10.0
+"""Seconds after which a message that its node does not fetch is given out again."""
 TIDY = 1.0
 """Seconds between two looks for claims that have expired; they live for minutes."""
 
@@ -46,15 +52,34 @@ class SparingLinkState(SqlLinkState):
         return tables
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        """Messages that wait for a node; each is given out once."""
-        waits = select(MessageIns.message_id).where(
-            MessageIns.dst_node_id == uint64_to_int64(node_id), MessageIns.delivered_at == ""
-        )
+        """Messages that wait for a node, and those whose delivery it cannot have heard of."""
         with self.session() as session:
-            if session.execute(waits.limit(1)).first() is None:
-                return []
+            given = MessageIns.dst_node_id == uint64_to_int64(node_id)
+            rows = session.execute(select(MessageIns.message_id, MessageIns.delivered_at).where(given)).all()
+        moments = {str(name): moment or "" for name, moment in rows}
+        if not moments:
+            return []
+        if all(moments.values()) and not self._wait_again(node_id, moments):
+            return []
         found: list[Message] = super().get_message_ins(node_id, limit, run_id=run_id)
         return found
+
+    def _wait_again(self, node_id: int, moments: dict[str, str]) -> bool:
+        """Let messages wait again that were given out, and that their node does not know; whether there are any.
+
+        A node looks for the next message once it has fetched the last one and confirmed it, whereupon the object goes
+        from the store. One that looks while the object is there has lost our answer with its line. What was given out
+        before it started is the coordinator's to send again.
+        """
+        late = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=UNHEARD)).isoformat()
+        with self.session() as session:
+            started = session.scalar(select(Node.last_activated_at).where(Node.node_id == uint64_to_int64(node_id)))
+            again = [
+                name for name, given in moments.items() if (started or "") < given < late and name in self.object_store
+            ]
+            if again:
+                session.execute(update(MessageIns).where(MessageIns.message_id.in_(again)).values(delivered_at=""))
+        return bool(again)
 
     def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
         """A node is there; where it was silent, that is no new activation: it still has what it was sent."""

@@ -277,7 +277,9 @@ def train(
     validation_iterations: Annotated[
         int, typer.Option("--validation-iterations", help="Iterations of the online validation in an epoch.")
     ] = 50,
-    wire: Annotated[str, typer.Option("--wire", help="full: float32. half: float16 differences.")] = "full",
+    wire: Annotated[
+        str, typer.Option("--wire", help="full: float32. half: float16 differences. int8: 8 bits.")
+    ] = "full",
     aggregation: Annotated[
         str,
         typer.Option("--aggregation", help="mean, fedavgm, fedadam, median, krum, ...; see docs/reference/study.md."),

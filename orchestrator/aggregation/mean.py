@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.aggregation.sources import SINGLE, Array, Inputs, Part, Piece, Update, scratch, summed, write_store
+from federation.weights import SINGLE
+from orchestrator.aggregation.sources import Array, Inputs, Part, Piece, Update, scratch, summed, write_store
 
 __all__ = ["Update", "mean_kernel", "mean_step", "weighted_mean"]
 

@@ -39,10 +39,9 @@ from federation.errors import Code, FednnunetError
 from federation.files import replacing
 from federation.layers import is_statistic
 from federation.study import Aggregation
-from federation.weights import Spec, TensorFile, TensorWriter
+from federation.weights import SINGLE, Spec, TensorFile, TensorWriter
 from orchestrator.aggregation.mean import mean_kernel, mean_step
 from orchestrator.aggregation.sources import (
-    SINGLE,
     Array,
     Inputs,
     Piece,

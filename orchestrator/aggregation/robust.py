@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from federation.study import Aggregation
+from federation.weights import SINGLE
 from orchestrator.aggregation.mean import weighted_mean
 from orchestrator.aggregation.sources import (
     PIECE,
-    SINGLE,
     Array,
     Inputs,
     Piece,

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from federation.errors import Code, FednnunetError
 from federation.files import replacing
-from federation.weights import EXPONENTS, TensorFile, TensorWriter, exponents
+from federation.weights import BYTE, EXPONENTS, HALF, SINGLE, TensorFile, TensorWriter, exponents
 
 Array = npt.NDArray[Any]
 Answer = TypeVar("Answer")
@@ -36,7 +36,6 @@ Answer = TypeVar("Answer")
 PIECE = 2**16  # elements: 256 KiB of float32; the buffers of a thread stay in its cache
 BLOCK = 8
 THREADS = min(4, os.cpu_count() or 1)
-SINGLE, HALF = np.dtype("<f4"), np.dtype("<f2")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Update:
     Parameters
     ----------
     file : Path
-        Float32 weights, or float16 differences to the round's base.
+        Float32 weights, or differences to the round's base.
     weight : float
         How much the site counts, before normalisation among the sites that hold a tensor.
     names : Mapping[str, str] or None
@@ -183,7 +182,8 @@ class Inputs(contextlib.AbstractContextManager["Inputs"]):
             wanted, found = self.base.file.specs.get(key), source.file.specs.get(name)
             if wanted is None or found is None or wanted.shape != found.shape:
                 raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{source.file.path}: {name} is not the store's {key}")
-            if found.dtype != (HALF if source.is_difference and wanted.dtype == SINGLE else wanted.dtype):
+            types = (HALF, BYTE) if source.is_difference and wanted.dtype == SINGLE else (wanted.dtype,)
+            if found.dtype not in types:
                 raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{source.file.path}: {name} is of type {found.dtype}")
 
     def __exit__(self, *_: object) -> None:
