@@ -107,6 +107,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "norm kept local": {"keep_local": ["norm"]},
     "momentum reset": {"momentum": "reset"},
 }
+# The same for what travels, with as many seeds as FFE itself.
+WIRES: Mapping[str, Mapping[str, Any]] = {"wire half": {"wire": "half"}, "wire int8": {"wire": "int8"}}
 
 
 # the data of one model
@@ -251,6 +253,7 @@ def compare(
         "AsymFedAvg": (everyone, {"mode": "asymfedavg"}, seeds),
         "centralized": ({"everything": list(sources)}, {}, seeds),
         **{f"local {site}": ({site: [site]}, {}, seeds) for site in sources},
+        **{wire: (everyone, changes, seeds) for wire, changes in WIRES.items()},
         **{variant: (everyone, changes, variant_seeds) for variant, changes in VARIANTS.items()},
     }
     common = {
@@ -348,7 +351,9 @@ def show(result: Mapping[str, Any]) -> None:
     local = {site: dice[f"local {site}"][site] for site in sites}
     ways = {"local": local, **{way: dice[way] for way in ("AsymFedAvg", "FFE", "centralized")}}
     variants = {name: dice[name] for name in result["variants"] if name in dice}
-    for columns, seeds in ((ways, result["seeds"]), (variants, result["variant_seeds"])):
+    wires = {name: dice[name] for name in ("FFE", *WIRES)}
+    shown = ((ways, result["seeds"]), (wires, result["seeds"]), (variants, result["variant_seeds"]))
+    for columns, seeds in shown:
         if not columns:
             continue
         table = Table(title=f"{heading} {seeds} seed(s)", title_justify="left")

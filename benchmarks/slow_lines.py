@@ -1,12 +1,13 @@
 """A hospital behind a slow line that breaks: does the round end, how long does it take, what is sent twice.
 
-    python benchmarks/slow_lines.py [--megabits 30] [--cut 10] [--lines none half-open] [--output slow_lines.json]
+    python benchmarks/slow_lines.py [--megabits 30] [--cut 10] [--lines none half-open] [--wire full] [--output FILE]
 
-Two light (simulated) sites with real links and supernodes, nnU-Net's default network (124.8 MB each way), one round a
-study, `wire: full`. The first site's connection goes through benchmarks/line.py: so many Mbit/s in each direction, 20
-ms one way; then the same with the line cut in the middle of the download, in the middle of the upload, and held
-(half-open: nothing is forwarded, nothing is closed) in the middle of the upload. What is sent twice is what went over
-the socket beyond the undisturbed round. The floor is the bytes at that bandwidth.
+Two light (simulated) sites with real links and supernodes, nnU-Net's default network, one round a study: 124.8 MB to
+the site (a first round's weights go in full), and as many back, or with `--wire` fewer. The first site's connection
+goes through benchmarks/line.py: so many Mbit/s in each direction, 20 ms one way; then the same with the line cut in the
+middle of the download, in the middle of the upload, and held (half-open: nothing is forwarded, nothing is closed) in
+the middle of the upload. What is sent twice is what went over the socket beyond the undisturbed round. The floor is the
+bytes at that bandwidth.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from wire import conduct, large_ct
 from orchestrator.admin.simulate import Simulation, SiteOptions
 
 MODEL = 124.8e6
+UPDATE = {"full": 124.8e6, "half": 62.4e6, "int8": 31.2e6}
 SLOW = "light_a"
 LINES = {
     "none": "none",
@@ -46,11 +48,12 @@ class Slow(Simulation):
 
     line: Line | None = None
     megabits: float = 30.0
+    wire: str = "full"
 
     @property
     def floor(self) -> float:
         """Seconds of a round's bytes, there and back."""
-        return 2 * MODEL * 8e-6 / self.megabits
+        return (MODEL + UPDATE[self.wire]) * 8e-6 / self.megabits
 
     def address(self, name: str, fleet_port: int) -> str:
         """The line for the first site."""
@@ -60,7 +63,7 @@ class Slow(Simulation):
         return f"127.0.0.1:{self.line.port}"
 
 
-def disturbance(line: Line, kind: str, seconds: float, floor: float) -> Callable[[], None]:
+def disturbance(line: Line, kind: str, seconds: float, update: float, floor: float) -> Callable[[], None]:
     """What happens to the line in the middle of a round's transfer."""
     up, down = line.up, line.down
 
@@ -68,7 +71,7 @@ def disturbance(line: Line, kind: str, seconds: float, floor: float) -> Callable
         if kind == "none":
             return
         end = time.monotonic() + 1200 + floor
-        while (line.down - down if "download" in kind else line.up - up) < MODEL / 2:
+        while (line.down - down < MODEL / 2) if "download" in kind else (line.up - up < update / 2):
             if time.monotonic() > end:
                 return
             time.sleep(0.05)
@@ -82,7 +85,7 @@ def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
     line = simulation.line
     assert line is not None
     name, deadline = f"line-{kind.replace(' ', '-')}", 900 + round(2 * simulation.floor + seconds)
-    study = large_ct(name, ["light_a", "light_b"], 1, "full", deadline)
+    study = large_ct(name, ["light_a", "light_b"], 1, simulation.wire, deadline)
     told: list[dict[str, Any]] = []
     count: dict[str, tuple[int, int]] = {}
 
@@ -90,7 +93,8 @@ def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
         told.append(row)
         if row["event"] == "weights" and row["round"] == 0:
             count["before"] = line.up, line.down
-            threading.Thread(target=disturbance(line, kind, seconds, simulation.floor), daemon=True).start()
+            happens = disturbance(line, kind, seconds, UPDATE[simulation.wire], simulation.floor)
+            threading.Thread(target=happens, daemon=True).start()
         if row["event"] == "closed":
             count["after"] = line.up, line.down
 
@@ -115,6 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--lines", nargs="+", choices=list(LINES), default=list(LINES), help="Which; `none` goes first."
     )
+    parser.add_argument("--wire", choices=list(UPDATE), default="full")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -125,7 +130,7 @@ def main() -> None:
             {site: Path(name) / "data" for site in ("light_a", "light_b")},
             SiteOptions(role="link"),
         )
-        simulation.megabits = arguments.megabits
+        simulation.megabits, simulation.wire = arguments.megabits, arguments.wire
         with simulation.running():
             light = [LightSite(simulation.state / "sites" / site / "state") for site in simulation.sites]
             for site in light:
@@ -137,7 +142,10 @@ def main() -> None:
                 site.stop()
     floor = simulation.floor
     calm = rows[0]
-    table = Table(title=f"{arguments.megabits:g} Mbit/s, the line away for {arguments.cut:g} s; floor {floor:.0f} s")
+    table = Table(
+        title=f"{arguments.megabits:g} Mbit/s, wire: {arguments.wire}, the line away for {arguments.cut:g} s; "
+        f"floor {floor:.0f} s"
+    )
     for column in ("", "s", "to the site MB", "from the site MB", "sent twice MB", "times asked"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
@@ -150,7 +158,8 @@ def main() -> None:
         )
     Console(width=110).print(table)
     if arguments.output:
-        record = {"megabits": arguments.megabits, "cut_seconds": arguments.cut, "floor_seconds": floor, "rows": rows}
+        record = {"megabits": arguments.megabits, "wire": arguments.wire, "cut_seconds": arguments.cut}
+        record |= {"floor_seconds": floor, "rows": rows}
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Connections that hold the listener open for nothing, and those that only take their time."""
+"""Connections that hold the listener open for nothing, and those that only take their time: both sides' patience."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from federation.flower import impatient
+from federation.flower import clients, impatient
 from federation.processes import free_port
 
 REQUEST = b"POST /echo HTTP/1.1\r\nhost: here\r\ncontent-length: 4\r\n\r\n"
@@ -110,3 +112,34 @@ def test_what_follows_an_answer_has_to_become_a_request(port: int, sent: bytes) 
         answer(held)
         held.sendall(sent)
         assert is_ended(held)
+
+
+def test_a_site_waits_longer_for_the_answer_to_a_larger_upload(port: int) -> None:
+    """Flower gives up 30 s after the last byte has gone into a buffer: a slow line would never be done with a chunk."""
+    body, here = bytes(20_000), f"http://127.0.0.1:{port}"
+    with pytest.raises(httpx.ReadTimeout):
+        FleetHttpClient(here, timeout=0.3)._client.post(here, content=body)
+    patient = clients.FleetClient(here, timeout=0.3)
+    assert patient._client.post(here, content=body).content == body
+    with pytest.raises(httpx.ReadTimeout):
+        patient._client.post(here, content=b"x")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")
+def test_the_kernel_ends_a_sites_connection_whose_other_side_acknowledges_nothing(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, int]] = []
+    watch = clients._watch
+
+    def look(event: str, told: dict[str, Any]) -> None:
+        watch(event, told)
+        if event == "connection.connect_tcp.complete":
+            connected = told["return_value"].get_extra_info("socket")
+            lost = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            found.append((connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), lost))
+
+    monkeypatch.setattr(clients, "_watch", look)
+    here = f"http://127.0.0.1:{port}"
+    assert clients.FleetClient(here)._client.post(here, content=b"x").content == b"x"
+    assert found == [(1, clients.DEAD_LINE * 1000)]

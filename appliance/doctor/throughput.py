@@ -28,8 +28,8 @@ PATH = "/doctor"
 SECONDS, MOST, PIECE = 3.0, 32 * 2**20, 64 * 2**10
 NETWORK = {"full": 125e6, "half": 62e6, "int8": 31e6}
 """Bytes of the default network (31 M parameters) each way."""
-CHUNK, AT_A_TIME, CHUNK_SECONDS = 5 * 2**20, 2, 180.0
-"""How Flower moves weights, and how long one chunk may take (federation.flower.transfer)."""
+CHUNK, AT_A_TIME, CHUNK_SECONDS = 5 * 2**20, 2, 500.0
+"""How weights travel, and how long a chunk may take: a little less than federation.flower gives it (clients, state)."""
 SLOW = 1800.0
 """Seconds of a round on the way that are worth a warning."""
 BUFFER, PATIENCE = 2 * 2**20, 40.0

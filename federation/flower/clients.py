@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -52,6 +53,11 @@ from federation.flower.bundle import bundle, bundle_hash
 _OUTAGE = (502, 503, 504)
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 HTTPError = httpx.HTTPError
+
+SLOWEST_LINE = 9000.0
+"""Bytes a second that an upload is given time for: a chunk of 5 MiB takes ten minutes, as the SuperLink allows."""
+DEAD_LINE = 60
+"""Seconds after which a connection ends whose other side acknowledges nothing."""
 
 
 def _status(error: Exception) -> int | None:
@@ -154,10 +160,40 @@ class Heartbeat(threading.Thread):
         self._stop_now.set()
 
 
+class FleetClient(FleetHttpClient):
+    """Flower's, for a line that is slow, or that dies without a word.
+
+    Flower takes a connection for dead when the answer has not begun 30 s after the request has gone into the operating
+    system's buffers, or a proxy's. A chunk that is on its way from there for longer is then sent again, from its start,
+    for ever: at 1 Mbit/s nothing gets through. Here the time for an answer grows with the request, and a line that is
+    dead is told from a slow one by what it acknowledges.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._client.event_hooks = {"request": [_allow_for_the_line]}
+
+
+def _allow_for_the_line(request: httpx.Request) -> None:
+    timeout = request.extensions["timeout"]
+    timeout["read"] += int(request.headers.get("content-length", 0)) / SLOWEST_LINE
+    request.extensions["trace"] = _watch
+
+
+def _watch(event: str, told: dict[str, Any]) -> None:
+    """Let the kernel end a new connection that is dead; called by httpcore for each of its steps."""
+    if event == "connection.connect_tcp.complete":
+        connected = told["return_value"].get_extra_info("socket")
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_USER_TIMEOUT", DEAD_LINE * 1000), ("TCP_KEEPIDLE", DEAD_LINE // 2)):
+            if hasattr(socket, option):  # Linux
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 def fleet_client(address: str, ca: bytes, key: Path, max_time: float | None = None) -> Any:
     """Client of the Fleet API, signed with a site's key."""
     private: Any = load_ssh_private_key(key.read_bytes(), None)
-    return FleetHttpClient.from_server_address(
+    return FleetClient.from_server_address(
         address,
         False,
         ca,

@@ -4,6 +4,7 @@
   first, so that the link writes what is being downloaded, and the SuperLink what is being uploaded.
 - Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less at first.
 - After a crash Flower refuses the node for up to 60 s ("already active"): we take it off first.
+- Flower takes a slow line for a dead one: its client is ours (federation.flower.clients).
 - When Flower's loop ends on an error it leaves a process that answers its link but never again the SuperLink:
   we end the process, so that the supervisor starts another.
 """
@@ -142,9 +143,10 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
     link_lease : float
         Seconds without a heartbeat after which the link counts as gone (it beats every 5 s; Flower's own: 60).
     """
-    flower: dict[str, Any] = {"leases": corestate, "retry": fleet_connection, "loop": loop, "cli": _cli}
+    flower: dict[str, Any] = {"leases": corestate, "fleet": fleet_connection, "loop": loop, "cli": _cli}
     flower["leases"].HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
-    flower["retry"].make_simple_http_retry_invoker = clients.supernode_retry
+    flower["fleet"].make_simple_http_retry_invoker = clients.supernode_retry
+    flower["fleet"].FleetHttpClient = clients.FleetClient
     flower["loop"].time = clock = _Clock(poll)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         (function.__kwdefaults__ or {}).update(initial_backoff=0.05, backoff_cap=0.25, max_tries_per_object=None)
