@@ -1,16 +1,16 @@
 """How many sites one orchestrator carries: the real SuperLink and coordinator, light simulated sites, real sizes.
 
-    python benchmarks/scale.py [--sites 8 32 128] [--network default|small] [--rounds 2] [--output scale.json]
+    python benchmarks/scale.py [--sites 8 32 128] [--network default|resenc_l|small] [--rounds 2] [--output scale.json]
 
 Each light site is a thread here that speaks the Fleet API with a key, signatures and TLS of its own and answers at once
 (benchmarks/light_site.py): it trains nothing, so a round is what the orchestrator, the network stack and the disk need.
 All of it, the light sites too, shares this machine's cores and disk. `default`: nnU-Net's 31 M network, 124.8 MB of
-weights each way; `small`: the demo's network, 164 kB, where only the number of sites counts.
+weights each way; `resenc_l`: its 102 M network, 409 MB; `small`: the demo's network, 164 kB, where only the number of
+sites counts.
 
-For each number of sites: seconds of a round, split at the journal into asking all sites, the
-whole exchange, and aggregation; peak memory of
-coordinator and SuperLink; the most disk used while a round was under way, and what stays after it. A number of sites
-for which this machine has not the disk is left out and said.
+For each number of sites: seconds of a round, split at the journal into asking all sites, the whole exchange, and
+aggregation; peak memory of coordinator and SuperLink; the most disk used while a round was under way, and what stays
+after it. A number of sites for which this machine has not the disk is left out and said.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from orchestrator.enrollment.authority import Authority
 from orchestrator.enrollment.ceremony import let_in
 from orchestrator.history import History
 
-MODEL = {"default": 124.8e6, "small": 0.17e6}
+MODEL = {"default": 124.8e6, "resenc_l": 409e6, "small": 0.17e6}
+PLANNER = {"default": "ExperimentPlanner", "resenc_l": "nnUNetPlannerResEncL", "small": "SmallUNetPlanner"}
 CT = {"dataset": "Dataset900_LargeCT", "channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
 
 
@@ -88,8 +89,8 @@ def used(folder: Path) -> float:
 
 def study_of(names: list[str], network: str, rounds: int) -> Study:
     """A study that nobody trains."""
-    planner = {} if network == "default" else {"planner": "SmallUNetPlanner"}
-    return parse({"name": f"scale-{len(names)}", "sites": names, "rounds": rounds, "fold": "all", **CT, **planner})
+    fields = {"name": f"scale-{len(names)}", "sites": names, "rounds": rounds, "fold": "all"}
+    return parse(fields | CT | {"planner": PLANNER[network]})
 
 
 def measure(count: int, network: str, rounds: int, poll: float) -> dict[str, Any]:

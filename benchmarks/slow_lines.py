@@ -8,6 +8,10 @@ goes through benchmarks/line.py: so many Mbit/s in each direction, 20 ms one way
 middle of the download, in the middle of the upload, and held (half-open: nothing is forwarded, nothing is closed) in
 the middle of the upload. What is sent twice is what went over the socket beyond the undisturbed round. The floor is the
 bytes at that bandwidth.
+
+`--stuck` measures something else: four rounds whose deadline is 30 s more than the floor, with the line held from the
+middle of the first upload on for two deadlines. A site that is stuck may cost the others a round's deadline, no more,
+and takes part again once its line is back.
 """
 
 from __future__ import annotations
@@ -111,6 +115,46 @@ def one_round(simulation: Slow, kind: str, seconds: float) -> dict[str, Any]:
     }
 
 
+def stuck(simulation: Slow) -> list[dict[str, Any]]:
+    """Rounds with a deadline while the first site is stuck in an upload; see the module."""
+    line, told = simulation.line, list[dict[str, Any]]()
+    assert line is not None
+    deadline = round(simulation.floor + 30)
+    study = large_ct("line-stuck", ["light_a", "light_b"], 4, simulation.wire, deadline)
+    study = study.model_copy(update={"quorum": 1})
+    happens = disturbance(line, "half-open", 2.0 * deadline, UPDATE[simulation.wire], simulation.floor)
+    threading.Thread(target=happens, daemon=True).start()
+    conduct(simulation, study, told.append)
+    closed = [row for row in told if row["event"] == "closed"]
+    assert all("light_b" in row["participants"] for row in closed), closed
+    keys = ("round", "seconds", "participants")
+    return [{"deadline": deadline, **{key: row[key] for key in keys}} for row in closed]
+
+
+def table_of_lines(rows: list[dict[str, Any]], simulation: Slow, cut: float) -> Table:
+    """What each disturbance has cost."""
+    calm = rows[0]
+    table = Table(
+        title=f"{simulation.megabits:g} Mbit/s, wire: {simulation.wire}, the line away for {cut:g} s; "
+        f"floor {simulation.floor:.0f} s"
+    )
+    for column in ("", "s", "to the site MB", "from the site MB", "sent twice MB", "times asked"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        row["twice"] = max(0, row["up"] + row["down"] - calm["up"] - calm["down"])
+        megabytes = (f"{row[key] / 1e6:.1f}" for key in ("down", "up", "twice"))
+        table.add_row(row["what"], f"{row['seconds']:.1f}", *megabytes, str(row["asked"]))
+    return table
+
+
+def table_of_rounds(rows: list[dict[str, Any]]) -> Table:
+    """What a stuck site has cost the other one."""
+    table = Table("round", "s", "who took part", title=f"a deadline of {rows[0]['deadline']} s, one of two sites stuck")
+    for row in rows:
+        table.add_row(str(row["round"]), f"{row['seconds']:.1f}", ", ".join(row["participants"]))
+    return table
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,47 +163,34 @@ def main() -> None:
     parser.add_argument(
         "--lines", nargs="+", choices=list(LINES), default=list(LINES), help="Which; `none` goes first."
     )
+    parser.add_argument("--stuck", action="store_true", help="A stuck site and the round's deadline, and nothing else.")
     parser.add_argument("--wire", choices=list(UPDATE), default="full")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         (Path(name) / "data").mkdir()
-        simulation = Slow(
-            Path(name) / "state",
-            {site: Path(name) / "data" for site in ("light_a", "light_b")},
-            SiteOptions(role="link"),
-        )
+        sites = {site: Path(name) / "data" for site in ("light_a", "light_b")}
+        simulation = Slow(Path(name) / "state", sites, SiteOptions(role="link"))
         simulation.megabits, simulation.wire = arguments.megabits, arguments.wire
         with simulation.running():
             light = [LightSite(simulation.state / "sites" / site / "state") for site in simulation.sites]
             for site in light:
                 site.start()
-            for kind in (title for line, title in LINES.items() if line in {"none", *arguments.lines}):
-                rows.append(one_round(simulation, kind, arguments.cut))
-                print(json.dumps(rows[-1]), flush=True)
+            if arguments.stuck:
+                rows = stuck(simulation)
+                table = table_of_rounds(rows)
+            else:
+                rows = []
+                for kind in (title for line, title in LINES.items() if line in {"none", *arguments.lines}):
+                    rows.append(one_round(simulation, kind, arguments.cut))
+                    print(json.dumps(rows[-1]), flush=True)
+                table = table_of_lines(rows, simulation, arguments.cut)
             for site in light:
                 site.stop()
-    floor = simulation.floor
-    calm = rows[0]
-    table = Table(
-        title=f"{arguments.megabits:g} Mbit/s, wire: {arguments.wire}, the line away for {arguments.cut:g} s; "
-        f"floor {floor:.0f} s"
-    )
-    for column in ("", "s", "to the site MB", "from the site MB", "sent twice MB", "times asked"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        row["twice"] = max(0, row["up"] + row["down"] - calm["up"] - calm["down"])
-        table.add_row(
-            row["what"],
-            f"{row['seconds']:.1f}",
-            *(f"{row[key] / 1e6:.1f}" for key in ("down", "up", "twice")),
-            str(row["asked"]),
-        )
     Console(width=110).print(table)
     if arguments.output:
         record = {"megabits": arguments.megabits, "wire": arguments.wire, "cut_seconds": arguments.cut}
-        record |= {"floor_seconds": floor, "rows": rows}
+        record |= {"floor_seconds": simulation.floor, "rows": rows}
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
