@@ -1,10 +1,11 @@
 """The distance to the floor: a federated epoch beside one of `nnUNetv2_train`, and what a round costs besides.
 
-    python benchmarks/floor.py [--network small] [--device cpu] [--epochs 5] [--iterations 250] [--output floor.json]
+    python benchmarks/floor.py [--network small] [--device cpu] [--threads 2] [--epochs 5] [--output FILE]
 
 One hospital (phantom, synthetic), one epoch a round, the real processes on this machine; `nnUNetv2_train` trains on the
 very files that the site has preprocessed, with the same plans and iterations, once before and once after the
-federation, so that a machine that becomes slower is seen. On a CPU both use all cores and no process for augmentation
+federation, so that a machine that becomes slower is seen. On a CPU both use so many threads (all cores; with one less
+the orchestrator, which no hospital has on its machine, does not share them) and no process for augmentation
 (`nnUNet_n_proc_DA=0`); on a GPU both have nnU-Net's own choices: mixed precision, torch.compile, its loader processes.
 
 - epoch: train and validation iterations; nnU-Net's "Epoch time" beside the site's report; medians, the first left out.
@@ -56,6 +57,7 @@ NETWORKS = {
 """Planner and data; from volumes of about 144 voxels a side nnU-Net plans its networks of 31 M and 102 M parameters."""
 ENTRY = """
 import os
+import multiprocessing
 import nnunetv2.run.run_training as training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Base
 EPOCHS, ITERATIONS, VALIDATION = (int(os.environ[f"FLOOR_{name}"]) for name in ("EPOCHS", "ITERATIONS", "VALIDATION"))
@@ -70,6 +72,8 @@ class nnUNetTrainer(Base):
         pass
 
 training.recursive_find_trainer_class_by_name = lambda name: nnUNetTrainer
+threads = int(os.environ["FLOOR_THREADS"]) or multiprocessing.cpu_count()
+multiprocessing.cpu_count = lambda: threads  # what it gives torch on a CPU
 training.run_training_entry()
 """
 """nnUNetv2_train with as many epochs and iterations as ours, without the prediction of whole cases at its end.
@@ -86,7 +90,7 @@ class Amount:
     validation: int
 
 
-def plain(site: Path, folder: Path, study: Study, amount: Amount, device: str) -> list[float]:
+def plain(site: Path, folder: Path, study: Study, amount: Amount, options: SiteOptions) -> list[float]:
     """Seconds of each epoch of `nnUNetv2_train` on what a site has preprocessed, with the site's compiler cache."""
     preprocessed = site / "worker" / study.id / "nnUNet_preprocessed"
     (dataset,) = (path.name for path in preprocessed.iterdir() if path.name.startswith("Dataset"))
@@ -98,15 +102,16 @@ def plain(site: Path, folder: Path, study: Study, amount: Amount, device: str) -
         "FLOOR_EPOCHS": str(amount.epochs),
         "FLOOR_ITERATIONS": str(amount.iterations),
         "FLOOR_VALIDATION": str(amount.validation),
+        "FLOOR_THREADS": str(options.threads or 0),
         "TORCHINDUCTOR_CACHE_DIR": str(site / "cache" / "torchinductor"),
         "TRITON_CACHE_DIR": str(site / "cache" / "triton"),
     }
-    if device == "cpu":
+    if options.device == "cpu":
         variables |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | variables
     (folder / "raw").mkdir(parents=True)
     done = subprocess.run(
-        [sys.executable, "-c", ENTRY, dataset, study.configuration, "all", "-p", plans, "-device", device],
+        [sys.executable, "-c", ENTRY, dataset, study.configuration, "all", "-p", plans, "-device", options.device],
         env=environment, check=False, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     if done.returncode != 0:
@@ -184,7 +189,7 @@ def measure(
             found["start"] = starting(simulation, first, began, submitted)
             found["short_rounds"] = split(simulation, first)
         keep(found)
-        epoch["before"] = plain(site, here / "before", first, amount, options.device)
+        epoch["before"] = plain(site, here / "before", first, amount, options)
         keep(found)
         with simulation.running():
             simulation.conduct(study, Console(file=io.StringIO()))
@@ -193,7 +198,7 @@ def measure(
         found |= {"rounds": rows, "besides": {key: statistics.median(row[key] for row in rows[1:]) for key in keys}}
         compare(found)
         keep(found)
-        epoch["after"] = plain(site, here / "after", first, amount, options.device)
+        epoch["after"] = plain(site, here / "after", first, amount, options)
     compare(found)
     keep(found)
     return found
@@ -238,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=list(NETWORKS), default="small")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="On a CPU, both for nnU-Net and ours.")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=250)
     parser.add_argument("--validation-iterations", type=int, default=50)
@@ -249,7 +255,7 @@ def main() -> None:
         parser.error("--epochs: 2 or more, the first one is left out")
     options = replace(SiteOptions.for_device(arguments.device, 1), poll=arguments.poll)
     if arguments.device == "cpu":
-        options = replace(options, threads=os.cpu_count())
+        options = replace(options, threads=arguments.threads)
     found = measure(arguments.network, amount, options)
     for table in tables(found, amount):
         Console(width=110).print(table)

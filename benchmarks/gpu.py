@@ -99,7 +99,7 @@ def main() -> None:
     device = subprocess.run(
         [*GPU, "--query-gpu=name,driver_version"], check=True, capture_output=True, encoding="utf-8"
     ).stdout.strip()
-    record: dict[str, Any] = {"device": device, "torch": importlib.metadata.version("torch")}
+    record: dict[str, Any] = {"gpu": device, "torch": importlib.metadata.version("torch")}
     console = Console(width=120)
     console.print(device)
     began = time.monotonic()

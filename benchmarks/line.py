@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 
 _PIECE = 2**14  # bytes forwarded at once: at 1 Mbit/s an eighth of a second
+_BUFFER = 2**16  # bytes that the kernel takes in before they are forwarded: loopback would take a whole chunk
 
 
 class Line:
@@ -62,8 +64,10 @@ class Line:
         asyncio.set_event_loop(self._loop)
 
         async def begin() -> None:
-            server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=_PIECE)
-            self.port = server.sockets[0].getsockname()[1]
+            listening = _socket()
+            listening.bind(("127.0.0.1", 0))
+            await asyncio.start_server(self._connection, sock=listening, limit=_PIECE)
+            self.port = listening.getsockname()[1]
             self._ready.set()
 
         self._loop.run_until_complete(begin())
@@ -74,7 +78,9 @@ class Line:
             writer.transport.abort()
             return
         with contextlib.suppress(OSError):
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=_PIECE)
+            far = _socket()
+            await self._loop.sock_connect(far, ("127.0.0.1", self._target))
+            far_reader, far_writer = await asyncio.open_connection(sock=far, limit=_PIECE)
             self._open |= {writer, far_writer}
             try:
                 await asyncio.gather(self._copy(reader, far_writer, "up"), self._copy(far_reader, writer, "down"))
@@ -118,3 +124,11 @@ class Line:
             now = time.monotonic()
             self._free[direction] = max(now, self._free[direction]) + size * 8e-6 / self._megabits
             await asyncio.sleep(self._free[direction] - now)
+
+
+def _socket() -> socket.socket:
+    """A socket that is not blocking, and takes in little."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+    made.setblocking(False)
+    return made

@@ -17,12 +17,12 @@ ALIASES = {"norm": "*.norm.*", "seg_head": "decoder.seg_layers.*"}
 MOST_STAGES = 10
 MOST_BLOCKS = 12  # nnUNetPlannerResEncXL has up to 6 in a stage of 3D networks; nnU-Net's planner plans at most 10
 _CONVOLUTION = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
-_RUNNING = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+_RUNNING = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
 def is_statistic(name: str) -> bool:
-    """Whether a tensor is a running statistic of batch normalisation: observed, not learned."""
-    return name.endswith(_RUNNING)
+    """Whether a tensor, or a store's key ``NAME@SHAPE``, is a running statistic of batch normalisation: not learned."""
+    return name.partition("@")[0].endswith(_RUNNING)
 
 
 def kept_local(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
@@ -48,7 +48,7 @@ def possible_names(residual_encoder: bool) -> list[str]:
         True for the ResEnc planners, False for the plain U-Net.
     """
     names = []
-    block = (*_CONVOLUTION, *_RUNNING)
+    block = (*_CONVOLUTION, *(f"norm{part}" for part in _RUNNING))
     for stage in range(MOST_STAGES):
         if residual_encoder:
             names += [f"encoder.stem.convs.0.{part}" for part in block] if stage == 0 else []

@@ -8,10 +8,11 @@ Rules:
 - `full` carries float32. A `difference` carries differences to a base both sides hold, as float16 (`half`) or as
   whole numbers of 8 bits (`int8`), each tensor scaled by a power of two so that its largest value uses the whole range
   (small steps late in a training would fall below float16's smallest number); what the rounding took is carried over
-  to the next difference (error feedback), so nothing is lost for good. The exponents stand in the file's last tensor,
-  `EXPONENTS`. Vectors (norm layers, biases, statistics) stay float16 in `int8`: they are few bytes, and one channel's
-  large step would drown the others'.
-- Tensors that are not float32 (integer counters of batch norm) travel as they are, also in a difference.
+  to the next difference (error feedback), so that only the last round's rounding is lost. The exponents stand in the
+  file's last tensor, `EXPONENTS`. Vectors (norm layers, biases) stay float16 in `int8`: they are few bytes, and one
+  channel's large step would drown the others'.
+- Running statistics of batch norm, and what is not float32 (its counters), travel as they are, also in a difference:
+  they are observed, not learned, and a variance that rounding makes negative is NaN at every site.
 - A file from a peer is checked before it is believed: header size, names, dtypes, shapes, offsets, file size.
 
 The format is that of https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data). The
@@ -34,6 +35,7 @@ import numpy.typing as npt
 
 from federation.errors import Code, FednnunetError
 from federation.files import replacing, sha256_of
+from federation.layers import is_statistic
 from federation.tasks import Weights
 
 Tensor = npt.NDArray[Any]
@@ -46,6 +48,8 @@ MAX_DIMENSIONS = 8
 EXPONENTS = "~exponents"
 """Name of the tensor, int32, that holds a difference's exponents in the order of the names."""
 SINGLE, HALF, BYTE = np.dtype("<f4"), np.dtype("<f2"), np.dtype("|i1")
+LARGEST_EXPONENT = 100
+"""Of a difference: times the largest weight of a site, 2 to the 20th, it is still finite, so that zeros stay zeros."""
 _BITS = {HALF: 15, BYTE: 7}
 """Binary digits before the point of the largest number that a difference's type takes."""
 _DTYPES = {
@@ -264,15 +268,19 @@ def select(path: Path, names: Mapping[str, str], out: Path) -> str:
     return write_tensors(out, specs, read)
 
 
+def _differs(name: str, spec: Spec) -> bool:
+    """Whether a tensor travels as a difference; the others travel as they are."""
+    return spec.dtype == SINGLE and not is_statistic(name)
+
+
 def difference_specs(specs: Mapping[str, Spec], wire: Wire) -> dict[str, Spec]:
-    """Specs of a difference between weights with these specs: float32 becomes smaller, and there are exponents."""
-
-    def smaller(spec: Spec) -> Spec:
-        if spec.dtype != SINGLE:
-            return spec
-        return Spec(BYTE if wire == "int8" and len(spec.shape) > 1 else HALF, spec.shape)
-
-    found = {name: smaller(spec) for name, spec in specs.items()}
+    """Specs of a difference between weights with these specs: what is learned is smaller, and there are exponents."""
+    found = {
+        name: Spec(BYTE if wire == "int8" and len(spec.shape) > 1 else HALF, spec.shape)
+        if _differs(name, spec)
+        else spec
+        for name, spec in specs.items()
+    }
     found[EXPONENTS] = Spec(np.dtype("<i4"), (len(specs),))
     return found
 
@@ -282,10 +290,11 @@ def exponents(difference: TensorFile) -> dict[str, int]:
     names = [name for name in difference.names if name != EXPONENTS]
     if EXPONENTS not in difference.specs or difference.spec(EXPONENTS) != Spec(np.dtype("<i4"), (len(names),)):
         raise _damaged(difference.path, "a difference without exponents")
-    values = difference.read(EXPONENTS)
-    if len(values) and (values.min() < -200 or values.max() > 200):
-        raise _damaged(difference.path, "an exponent out of range")
-    return {name: int(value) for name, value in zip(names, values, strict=True)}
+    found = {name: int(value) for name, value in zip(names, difference.read(EXPONENTS), strict=True)}
+    for name, value in found.items():
+        if not -200 <= value <= (LARGEST_EXPONENT if difference.spec(name).dtype in _BITS else 0):
+            raise _damaged(difference.path, f"the exponent of {name} is out of range")
+    return found
 
 
 def _exponent(values: Tensor, dtype: np.dtype[Any]) -> int:
@@ -333,7 +342,7 @@ def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carr
     if carry_file is not None and not set(carry_file.specs) <= set(new_file.specs):
         raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{carry}")
     specs = difference_specs(new_file.specs, wire)
-    carried = {name: spec for name, spec in new_file.specs.items() if spec.dtype == SINGLE}
+    carried = {name: spec for name, spec in new_file.specs.items() if _differs(name, spec)}
 
     with replacing(carry_out) as temporary, open(temporary, "wb") as stream:
         rest = TensorWriter(stream, carried)
@@ -350,10 +359,10 @@ def encode_difference(new: Path, base: Path, carry: Path | None, out: Path, carr
             value -= base_file.read(name)
             if carry_file is not None:
                 value += carry_file.read(name)
-            if not np.isfinite(value).all():
-                raise FednnunetError(Code.LOSS_NOT_FINITE, f"{new}: {name} holds NaN or infinite numbers")
             dtype = specs[name].dtype
             scales.append(_exponent(value, dtype))
+            if not np.isfinite(value).all() or scales[-1] > LARGEST_EXPONENT:
+                raise FednnunetError(Code.LOSS_NOT_FINITE, f"{new}: {name} holds NaN, infinite or absurd numbers")
             sent = _rounded(np.ldexp(value, -scales[-1]), dtype)
             rest.write(value - np.ldexp(sent.astype(SINGLE), scales[-1]))
             return sent
@@ -374,7 +383,7 @@ def apply_difference(base: Path, difference: Path, out: Path) -> str:
 
     def weights_of(name: str) -> Tensor:
         value = difference_file.read(name)
-        if base_file.spec(name).dtype != SINGLE:
+        if not _differs(name, base_file.spec(name)):
             return value
         restored: Tensor = base_file.read(name) + np.ldexp(value.astype(SINGLE), scales[name])
         return restored

@@ -130,11 +130,12 @@ def admit(task: Task, result: Result, update: Path, base: Path, declared_cases: 
             continue
         if not np.isfinite(value).all():
             raise refuse(f"tensor {name} holds NaN or infinite numbers")
-        if name.endswith("running_var") and wire == "full" and (value < 0).any():
+        if name.endswith("running_var") and (value < 0).any():
             raise refuse(f"tensor {name} holds a negative variance")
         flat = reference.reshape(-1)
         norm += float(np.dot(flat, flat))
-        moved = (value - reference if wire == "full" else np.ldexp(value.astype(np.float32), scales[name])).reshape(-1)
+        whole = value.dtype == reference.dtype
+        moved = (value - reference if whole else np.ldexp(value.astype(np.float32), scales[name])).reshape(-1)
         with np.errstate(over="ignore"):
             distance += float(np.dot(moved, moved))
     ratio = task.study.aggregation.max_update_ratio

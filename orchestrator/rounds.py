@@ -8,7 +8,8 @@ Rules:
 - A site that restarts has lost what it was sent: Flower shows a new activation, and the task is sent again. The
   site does it once all the same (its spool is keyed by the task).
 - A site that fails says so with a code; it is asked again only where its code says that this may help.
-- At the deadline the exchange ends with whoever answered. Who is missing, and why, is part of the outcome.
+- At the deadline the exchange ends with whoever answered. Who is missing, and why, is part of the outcome. What was not
+  answered is withdrawn: a site on a slow line is not kept from the next exchange by the rest of this one.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ MAX_ATTEMPTS = 5
 LOOK_AT_NODES = 1.0  # seconds between two looks at who is online
 FETCHES = 32
 """Answers that are fetched at a time; one that comes over a slow line takes its place for as long as it is uploaded."""
+GRACE = 5.0
+"""Seconds after the deadline for which Flower keeps a task: what is answered later is refused where it arrives."""
 PATIENCE = 0.01
 """A look for answers comes late by at most this share of what has been waited for one."""
 LAST_WORDS = 20.0
@@ -63,6 +66,9 @@ class Carrier(Protocol):
 
     def take(self, ready: Ready, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
         """Fetch an answer."""
+
+    def withdraw(self, message_id: str) -> None:
+        """Take a task back."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,9 @@ class Exchange:
                         if now < not_before.get(site, 0.0):
                             continue
                         again = "" if sent is None else "the site restarted"
-                        outstanding[site] = self._send(node, errand(site, site in full), end - now + 60, again)
+                        outstanding[site] = self._send(node, errand(site, site in full), end - now + GRACE, again)
+                        if sent is not None:
+                            self._carrier.withdraw(sent.message_id)
                         heard = time.monotonic()
                         reasons[site] = "no answer before the deadline"
                     waiting = {sent.message_id: site for site, sent in outstanding.items()}
@@ -237,6 +245,8 @@ class Exchange:
                             not_before[site] = time.monotonic() + LOOK_AT_NODES
             finally:
                 expired.set()
+        for sent in outstanding.values():
+            self._carrier.withdraw(sent.message_id)
         for site in open_sites():
             outcome.missing[site] = reasons.get(site, "offline")
         return outcome

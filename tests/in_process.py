@@ -164,6 +164,10 @@ class SimulatedNetwork:
         body = self.lie(ready.task, parcel.body.read_text(encoding="utf-8"), weights)
         return Received(body, parcel.weights is not None)
 
+    def withdraw(self, message_id: str) -> None:
+        """Forget a task that nobody has answered."""
+        self._waiting.pop(message_id, None)
+
 
 @functools.cache
 def warm_workshop() -> Workshop:

@@ -144,6 +144,23 @@ def test_counters_take_the_largest_value_in_every_method(tmp_path: Path, method:
     assert state is None or not any(name.startswith("n~") for name in state.names)
 
 
+@pytest.mark.parametrize("wire", ["half", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_stay_zeros_whatever_their_exponent(tmp_path: Path, method: str, wire: weights.Wire) -> None:
+    """Zero times an infinite factor would be NaN at every site."""
+    base = {"w": np.ones((3, 2), np.float32)}
+    weights.save(tmp_path / "base", base)
+    updates = {}
+    for number in range(4):
+        weights.encode_difference(tmp_path / "base", tmp_path / "base", None, tmp_path / "d", tmp_path / "carry", wire)
+        sent = TensorFile(tmp_path / "d")
+        parts = {"w": sent.read("w"), weights.EXPONENTS: np.asarray([weights.LARGEST_EXPONENT], np.int32)}
+        weights.save(tmp_path / f"{number}", parts)
+        updates[f"s{number}"] = Update(tmp_path / f"{number}", 1e6)
+    store, _ = aggregated(tmp_path, method, updates, faulty_sites=0)
+    np.testing.assert_array_equal(store.read("w"), base["w"])
+
+
 @pytest.mark.parametrize("suffix", ["", "@4"])
 @pytest.mark.parametrize("method", OPTIMIZERS)
 def test_an_optimizer_does_not_step_along_running_statistics(tmp_path: Path, method: str, suffix: str) -> None:
@@ -474,6 +491,57 @@ def test_an_update_that_may_not_count_is_refused_with_its_reason(
     task, result, file = answered(tmp_path, update, **changes)
     with pytest.raises(FednnunetError, match=why) as caught:
         admit(task, result, file, tmp_path / "base", 12)
+    assert caught.value.code is Code.UPDATE_REFUSED
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None),
+        ({"conv.weight": lambda value: value.astype(np.float32)}, "type"),
+        ({"conv.weight": lambda value: value.astype(np.uint8 if value.dtype == np.int8 else np.int8)}, "type"),
+        ({"norm.bias": lambda value: np.full_like(value, np.nan)}, "NaN"),
+        ({"norm.bias": lambda value: np.full_like(value, np.inf)}, "NaN or infinite"),
+        ({"a.norm.running_var": lambda value: -value}, "negative variance"),
+        ({weights.EXPONENTS: lambda value: value + np.asarray([0, 60, 60], np.int32)}, "distance"),
+        ({weights.EXPONENTS: lambda value: value + np.asarray([0, 10**6, 0], np.int32)}, "exponent of conv.weight"),
+        ({weights.EXPONENTS: lambda value: value + np.asarray([60, 0, 0], np.int32)}, "exponent of a.norm.running_var"),
+        (
+            {"conv.weight": np.zeros_like, weights.EXPONENTS: lambda value: np.asarray([0, 101, 0], np.int32)},
+            "exponent of conv.weight",
+        ),
+        ({weights.EXPONENTS: lambda value: value[1:]}, "shape"),
+    ],
+)
+@pytest.mark.parametrize("wire", ["half", "int8"])
+def test_a_difference_is_held_to_the_same_rules(
+    tmp_path: Path, wire: weights.Wire, change: dict[str, Callable[[np.ndarray], np.ndarray]], why: str | None
+) -> None:
+    random, shapes = np.random.default_rng(0), {"conv.weight": (4, 3, 3), "norm.bias": (4,), "a.norm.running_var": (4,)}
+    base, new = ({name: random.random(shape, np.float32) for name, shape in shapes.items()} for _ in range(2))
+    digest = weights.save(tmp_path / "base", base)
+    weights.save(tmp_path / "new", new)
+    weights.encode_difference(tmp_path / "new", tmp_path / "base", None, tmp_path / "d", tmp_path / "carry", wire)
+    sent = TensorFile(tmp_path / "d")
+    assert np.array_equal(sent.read("a.norm.running_var"), new["a.norm.running_var"]), "it travels as it is"
+    parts = {name: sent.read(name) for name in sent.names}
+    weights.save(tmp_path / "d", parts | {name: changed(parts[name]) for name, changed in change.items()})
+    task, result, _ = answered(tmp_path / "full", perturbed())
+    header = weights.describe_difference(tmp_path / "d", digest, digest)
+    asked = weights.describe_full(tmp_path / "base", digest)
+    task = task.model_copy(update={"study": a_study(wire=wire), "weights": asked})
+    result = result.model_copy(update={"weights": header})
+    if why is None:
+        admitted = admit(task, result, tmp_path / "d", tmp_path / "base", 12)
+        distance = math.sqrt(sum(float(((new[name] - base[name]) ** 2).sum()) for name in shapes))
+        assert admitted.norm == pytest.approx(distance, rel=0.01)
+        updates = {"a": Update(tmp_path / "d", 1.0), "b": Update(tmp_path / "d", 3.0)}
+        weighted_mean(updates, tmp_path / "base", tmp_path / "out")
+        for name in shapes:
+            np.testing.assert_allclose(TensorFile(tmp_path / "out").read(name), new[name], rtol=0, atol=2.0**-7)
+        return
+    with pytest.raises(FednnunetError, match=why) as caught:
+        admit(task, result, tmp_path / "d", tmp_path / "base", 12)
     assert caught.value.code is Code.UPDATE_REFUSED
 
 

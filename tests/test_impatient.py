@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +20,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from federation.flower import clients, impatient
 from federation.processes import free_port
+from orchestrator.enrollment.authority import create
 
 REQUEST = b"POST /echo HTTP/1.1\r\nhost: here\r\ncontent-length: 4\r\n\r\n"
 
@@ -123,6 +128,50 @@ def test_a_site_waits_longer_for_the_answer_to_a_larger_upload(port: int) -> Non
     assert patient._client.post(here, content=body).content == body
     with pytest.raises(httpx.ReadTimeout):
         patient._client.post(here, content=b"x")
+
+
+@pytest.fixture
+def slow_reader(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
+    """A TLS server that takes in 4 MB a second, and answers then; its port and the authority's certificate."""
+    authority = create(tmp_path / "authority", ["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.certificate, authority.key)
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+
+    def serve() -> None:
+        while True:
+            try:
+                plain, _ = listening.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as held:
+                taken = held.recv(2**14)
+                end = taken.index(b"\r\n\r\n") + 4 + int(re.findall(rb"(?i)content-length: (\d+)", taken)[0])
+                size = len(taken)
+                while size < end and (piece := held.recv(2**14)):
+                    size += len(piece)
+                    time.sleep(len(piece) / 4e6)
+                held.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield listening.getsockname()[1], authority.ca.read_bytes()
+    listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+    thread.join()
+
+
+def test_over_tls_a_body_is_one_write_and_has_time_for_its_size(slow_reader: tuple[int, bytes]) -> None:
+    """Python's TLS takes the time limit of a write for the whole of it, however much has gone by then."""
+    port, ca = slow_reader
+    context = ssl.create_default_context(cadata=ca.decode())
+    body, here = bytes(12_000_000), f"https://127.0.0.1:{port}"
+    with pytest.raises(httpx.WriteTimeout):
+        FleetHttpClient(here, timeout=1.0, verify=context)._client.post(here, content=body)
+    assert clients.FleetClient(here, timeout=1.0, verify=context)._client.post(here, content=body).content == b"ok"
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")

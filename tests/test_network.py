@@ -55,6 +55,12 @@ class Line:
     state: Path
     supervisor: Supervisor
 
+    def supernode(self) -> psutil.Process:
+        """The site's supernode, to be suspended and resumed."""
+        site = psutil.Process(self.supervisor.children[1].pid)
+        (found,) = (process for process in site.children(recursive=True) if "supernode" in process.cmdline())
+        return found
+
     def coordinate(self, handle: Callable[[Run], None]) -> None:
         """Start a run and be its coordinator."""
         self.control.start(STUDY.model_dump_json())
@@ -294,11 +300,7 @@ def test_a_message_whose_announcement_was_lost_with_the_line_is_announced_again(
         line.state.parent / "config" / "site.key",
         max_time=5,
     )
-    (supernode,) = (
-        process
-        for process in psutil.Process(line.supervisor.children[1].pid).children(recursive=True)
-        if "supernode" in process.cmdline()
-    )
+    supernode = line.supernode()
     lost: list[Any] = []
 
     def lose(node: int) -> None:
@@ -326,6 +328,39 @@ def test_a_message_whose_announcement_was_lost_with_the_line_is_announced_again(
         supernode.resume()
     assert got[0].error_code is None
     assert len(lost) == 1
+
+
+def test_a_task_that_is_withdrawn_holds_up_nothing_behind_it(line: Line, tmp_path: Path) -> None:
+    """A site that comes back late neither fetches nor answers what nobody waits for any more."""
+    digest = weights.save(tmp_path / "global", {"w": np.ones((13, 2**18), np.float32)})
+    header = weights.describe_full(tmp_path / "global", digest)
+    late = Task(study=STUDY, site=SITE, kind=Kind.TRAIN, fold="all", round=7, weights=header)
+    next_one = Task(study=STUDY, site=SITE, kind=Kind.DESCRIBE, attempt=4)
+    seen: list[str] = []
+    got: list[Received] = []
+
+    def answer(given: Task) -> tuple[Result, Path | None]:
+        seen.append(given.key)
+        return Result.answering(given, description=tasks.Description(training_cases=1, test_cases=0)), None
+
+    def handle(run: Run) -> None:
+        key = signing.load_private(line.authority.signing_key.read_bytes(), "coordinator.key")
+        message, _ = signing.sign("task", late.model_dump_json(), "coordinator", key)
+        supernode.suspend()
+        sent = run.push(run.nodes()[SITE], late.key, message, file_array(tmp_path / "global"), 60)
+        run.withdraw(sent)
+        supernode.resume()
+        got.append(line.exchange(run, next_one, tmp_path / "arrived"))
+
+    supernode = line.supernode()
+    try:
+        with Worker(line.spool, answer):
+            line.coordinate(handle)
+    finally:
+        supernode.resume()
+    assert got[0].error_code is None
+    assert late.key not in seen
+    assert not line.spool.task_parcel(late).folder.exists()
 
 
 def test_a_task_for_another_site_is_refused_by_the_link(line: Line, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class SimulatedNetwork:
     online: dict[str, bool] = field(default_factory=dict)
     activated: dict[str, str] = field(default_factory=dict)
     pushed: list[Task] = field(default_factory=list)
+    withdrawn: list[str] = field(default_factory=list)
     _waiting: dict[str, tuple[str, Task]] = field(default_factory=dict)
     _numbers: Any = field(default_factory=itertools.count)
 
@@ -78,6 +79,10 @@ class SimulatedNetwork:
     def take(self, ready: Ready, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
         assert isinstance(ready, Envelope)
         return ready.received
+
+    def withdraw(self, message_id: str) -> None:
+        site, task = self._waiting[message_id]
+        self.withdrawn.append(f"{task.key} {site}")
 
 
 def a_study() -> Study:
@@ -133,7 +138,7 @@ def test_every_answer_is_recorded_before_it_counts(journal: Journal) -> None:
 
 def test_what_was_answered_before_a_restart_is_not_asked_again(journal: Journal, tmp_path: Path) -> None:
     silent = SimulatedNetwork({"a": description, "b": lambda _: None, "c": description})
-    assert sorted(ask(silent, journal, deadline=0.3).missing) == ["b"]
+    assert sorted(ask(silent, journal, deadline=1.0).missing) == ["b"]
     journal.close()
     again = Journal(tmp_path, a_study())
     network = SimulatedNetwork(dict.fromkeys("abc", description))
@@ -148,6 +153,7 @@ def test_the_deadline_ends_an_exchange_and_says_who_is_missing_and_why(journal: 
     assert 0.4 < time.monotonic() - started < 3
     assert sorted(outcome.answers) == ["a"]
     assert outcome.missing == {"b": "no answer before the deadline", "c": "offline"}
+    assert network.withdrawn == ["describe b"]
 
 
 def test_a_site_that_restarts_is_sent_its_task_again(journal: Journal) -> None:
@@ -162,6 +168,7 @@ def test_a_site_that_restarts_is_sent_its_task_again(journal: Journal) -> None:
     assert not ask(network, journal, deadline=10).missing
     assert [task.site for task in network.pushed].count("b") == 2
     assert [line["why"] for line in events(journal, "asked") if "why" in line] == ["the site restarted"]
+    assert network.withdrawn == ["describe b"]
 
 
 def test_a_message_that_flower_lost_is_sent_again(journal: Journal) -> None:

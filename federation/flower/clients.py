@@ -54,10 +54,10 @@ _OUTAGE = (502, 503, 504)
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 HTTPError = httpx.HTTPError
 
-SLOWEST_LINE = 9000.0
-"""Bytes a second that an upload is given time for: a chunk of 5 MiB takes ten minutes, as the SuperLink allows."""
+SLOWEST_LINE = 10_500.0
+"""Bytes a second that an upload is given time for: a chunk of 5 MiB is given up before the SuperLink forgets it."""
 DEAD_LINE = 60
-"""Seconds after which a connection ends whose other side acknowledges nothing."""
+"""Seconds after which a connection ends whose other side acknowledges nothing, or takes nothing."""
 
 
 def _status(error: Exception) -> int | None:
@@ -166,7 +166,7 @@ class FleetClient(FleetHttpClient):
     Flower takes a connection for dead when the answer has not begun 30 s after the request has gone into the operating
     system's buffers, or a proxy's. A chunk that is on its way from there for longer is then sent again, from its start,
     for ever: at 1 Mbit/s nothing gets through. Here the time for an answer grows with the request, and a line that is
-    dead is told from a slow one by what it acknowledges.
+    dead is told from a slow one by what it takes and acknowledges.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -176,16 +176,21 @@ class FleetClient(FleetHttpClient):
 
 def _allow_for_the_line(request: httpx.Request) -> None:
     timeout = request.extensions["timeout"]
-    timeout["read"] += int(request.headers.get("content-length", 0)) / SLOWEST_LINE
+    for wait in ("read", "write"):  # over TLS the whole body is one write
+        timeout[wait] += int(request.headers.get("content-length", 0)) / SLOWEST_LINE
     request.extensions["trace"] = _watch
 
 
 def _watch(event: str, told: dict[str, Any]) -> None:
     """Let the kernel end a new connection that is dead; called by httpcore for each of its steps."""
-    if event == "connection.connect_tcp.complete":
+    if event.endswith("connect_tcp.complete"):
         connected = told["return_value"].get_extra_info("socket")
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_USER_TIMEOUT", DEAD_LINE * 1000), ("TCP_KEEPIDLE", DEAD_LINE // 2)):
+        for option, value in (
+            ("TCP_USER_TIMEOUT", DEAD_LINE * 1000),
+            ("TCP_KEEPIDLE", DEAD_LINE // 2),
+            ("TCP_KEEPINTVL", DEAD_LINE // 6),
+        ):
             if hasattr(socket, option):  # Linux
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 

@@ -119,12 +119,24 @@ class Run:
             return self._transfer.ready(message_ids)
 
     def take(self, ready: Ready, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
-        """Fetch one answer; a sender or chunks that are gone count as a site that was lost."""
+        """Fetch one answer; a sender or chunks that are gone count as a site that was lost.
+
+        Of an answer that is not taken the rest is refused: its site stops sending at the next chunk.
+        """
         with self._guarded():
             try:
                 return self._transfer.take(ready, weights, max_weights, give_up)
             except Unavailable as error:
+                self._transfer.withdraw(ready.message_id)
                 return Received("", False, ErrorCode.MESSAGE_UNAVAILABLE, str(error))
+            except FednnunetError:
+                self._transfer.withdraw(ready.message_id)
+                raise
+
+    def withdraw(self, message_id: str) -> None:
+        """Take back a task that nobody waits for any more: a site that is fetching it stops at the next chunk."""
+        with self._guarded():
+            self._transfer.withdraw(message_id)
 
 
 def serve_runs(address: str, ca: bytes, secret: bytes, handle: Callable[[Run], None], poll: float) -> Iterator[int]:

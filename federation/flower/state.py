@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
+from collections import Counter
 from typing import Any
 
 import flwr.server.superlink.linkstate.linkstate_factory as factory
@@ -37,6 +38,8 @@ SILENCE = 600.0
 """Seconds for which a node that is offline keeps what it was sent, and what it has uploaded of an answer."""
 UNHEARD = 10.0
 """Seconds after which a message that its node does not fetch is given out again."""
+TIMES = 3
+"""How often a message is given out again."""
 TIDY = 1.0
 """Seconds between two looks for claims that have expired; they live for minutes."""
 
@@ -46,6 +49,10 @@ class SparingLinkState(SqlLinkState):
 
     _tidied = 0.0
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._given_again: Counter[str] = Counter()
+
     def initialize(self, log_queries: bool = False, **engine: Any) -> list[str]:
         """Open the database."""
         tables: list[str] = super().initialize(log_queries, **({"pool_size": THREADS} | engine))
@@ -54,8 +61,12 @@ class SparingLinkState(SqlLinkState):
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """Messages that wait for a node, and those whose delivery it cannot have heard of."""
         with self.session() as session:
-            given = MessageIns.dst_node_id == uint64_to_int64(node_id)
-            rows = session.execute(select(MessageIns.message_id, MessageIns.delivered_at).where(given)).all()
+            rows = session.execute(
+                select(MessageIns.message_id, MessageIns.delivered_at).where(
+                    MessageIns.dst_node_id == uint64_to_int64(node_id),
+                    MessageIns.created_at + MessageIns.ttl > time.time(),
+                )
+            ).all()
         moments = {str(name): moment or "" for name, moment in rows}
         if not moments:
             return []
@@ -68,8 +79,9 @@ class SparingLinkState(SqlLinkState):
         """Let messages wait again that were given out, and that their node does not know; whether there are any.
 
         A node looks for the next message once it has fetched the last one and confirmed it, whereupon the object goes
-        from the store. One that looks while the object is there has lost our answer with its line. What was given out
-        before it started is the coordinator's to send again.
+        from the store. One that looks while the object is there has lost our answer with its line, or could not fetch a
+        part. One that cannot be fetched at all is lost, whereupon the coordinator sends another. What was given out
+        before the node started is the coordinator's to send again.
         """
         late = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=UNHEARD)).isoformat()
         with self.session() as session:
@@ -77,8 +89,13 @@ class SparingLinkState(SqlLinkState):
             again = [
                 name for name, given in moments.items() if (started or "") < given < late and name in self.object_store
             ]
+            self._given_again.update(again)
+            useless = {name for name in again if self._given_again[name] > TIMES}
+            again = [name for name in again if name not in useless]
             if again:
                 session.execute(update(MessageIns).where(MessageIns.message_id.in_(again)).values(delivered_at=""))
+        if useless:
+            self.delete_messages(useless)
         return bool(again)
 
     def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:

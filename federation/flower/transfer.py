@@ -224,12 +224,16 @@ class Transfer:
             received = Received("", False, ready.proto.error.code, ready.proto.error.reason)
         else:
             received = self._take(ready.tree, weights, max_weights, give_up)
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=self._node, run_id=self._run_id, message_object_id=ready.tree.object_id or ready.message_id
-            )
-        )
+        self.withdraw(ready.tree.object_id or ready.message_id)
         return received
+
+    def withdraw(self, message_id: str) -> None:
+        """Say that nothing of a message is needed any more, ours or one for us: all of it is removed.
+
+        Whoever is still sending or fetching it is told so at the next part.
+        """
+        request = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run_id, message_object_id=message_id)
+        self._client.ConfirmMessageReceived(request)
 
     def _take(self, tree: Any, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
         def fetch(object_id: str) -> bytes:

@@ -46,7 +46,7 @@ def mean_kernel(inputs: Inputs, piece: Piece) -> Array:
     """The weighted mean of a piece, float32."""
     parts = inputs.parts(piece)
     whole = _whole(parts)
-    differences = [part for part in parts if part.source.is_difference]
+    differences = [part for part in parts if part.is_difference]
     if differences:
         base = Part(inputs.base, piece.key, SINGLE.type(_whole(differences)), piece.start, piece.size)
         parts.append(base)
@@ -76,6 +76,6 @@ def _products(parts: list[Part], base: Array | None = None) -> Iterator[Array]:
     for part in parts:
         product = scratch("product", part.size, SINGLE)
         values = part.raw()
-        if base is not None and not part.source.is_difference:
+        if base is not None and not part.is_difference:
             values = np.subtract(values, base, out=product)
         yield np.multiply(values, part.factor, out=product)

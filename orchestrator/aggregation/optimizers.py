@@ -82,12 +82,12 @@ def optimizer_step(
         SHA-256 of `out`.
     """
     with Inputs(updates, base) as inputs, replacing(after) as temporary:
-        learned = [key for key in inputs.keys if inputs.is_floating(key) and not _is_statistic(key)]
+        learned = [key for key in inputs.keys if inputs.is_floating(key) and not is_statistic(key)]
         state = _State(rule, inputs.base.file, learned, before, temporary)
         try:
 
             def kernel(piece: Piece) -> Array:
-                if _is_statistic(piece.key):
+                if is_statistic(piece.key):
                     return mean_kernel(inputs, piece)
                 return _step(rule, inputs, state, piece)
 
@@ -97,11 +97,6 @@ def optimizer_step(
         finally:
             state.close()
     return digest
-
-
-def _is_statistic(key: str) -> bool:
-    """Whether a key, which AsymFedAvg writes as ``NAME@SHAPE``, is a running statistic."""
-    return is_statistic(key.partition("@")[0])
 
 
 def _step(rule: Aggregation, inputs: Inputs, state: _State, piece: Piece) -> Array:

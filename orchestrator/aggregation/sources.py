@@ -130,13 +130,18 @@ class Part:
         return self.source.read(self.name, self.start, self.size, scratch("raw", self.size))
 
     @property
+    def is_difference(self) -> bool:
+        """Whether these numbers are a difference to the base: in a file of differences some tensors are whole."""
+        return self.source.is_difference and self.source.file.spec(self.name).dtype in (HALF, BYTE)
+
+    @property
     def factor(self) -> np.float32:
         """What the numbers of the file are multiplied with: the weight, and a difference's power of two."""
-        return np.float32(np.ldexp(self.weight, self.source.exponent(self.name)))
+        return np.float32(np.ldexp(self.weight, self.source.exponent(self.name) if self.is_difference else 0))
 
     def values(self, base: Array, out: Array) -> None:
         """The site's weights, in the precision of `out`; `base` is the base's piece."""
-        if not self.source.is_difference:
+        if not self.is_difference:
             if self.source.file.spec(self.name).dtype == out.dtype:
                 self.source.read(self.name, self.start, self.size, out)
             else:
@@ -182,8 +187,8 @@ class Inputs(contextlib.AbstractContextManager["Inputs"]):
             wanted, found = self.base.file.specs.get(key), source.file.specs.get(name)
             if wanted is None or found is None or wanted.shape != found.shape:
                 raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{source.file.path}: {name} is not the store's {key}")
-            types = (HALF, BYTE) if source.is_difference and wanted.dtype == SINGLE else (wanted.dtype,)
-            if found.dtype not in types:
+            smaller = (HALF, BYTE) if source.is_difference and wanted.dtype == SINGLE else ()
+            if found.dtype not in (wanted.dtype, *smaller):
                 raise FednnunetError(Code.WEIGHTS_DO_NOT_FIT, f"{source.file.path}: {name} is of type {found.dtype}")
 
     def __exit__(self, *_: object) -> None:
