@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -221,10 +222,17 @@ def test_a_failure_in_the_process_is_answered_and_the_next_task_is_done(
 
 def test_python_and_its_children_are_refused_internet_sockets_and_keep_local_ones() -> None:
     code = """
-import socket, subprocess, sys
+import ctypes, socket, subprocess, sys, threading
 from appliance.worker import process
 from federation.errors import FednnunetError
+begin, native = threading.Event(), ctypes.CDLL(None).socket
+opened = []
+early = threading.Thread(target=lambda: (begin.wait(), opened.append(native(2, 1, 0))))
+early.start()
 kernel = process.refuse_network()
+begin.set()
+early.join()
+assert kernel == (opened[0] == -1), "a thread that ran before"
 for attempt in (
     lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
     lambda: socket.create_connection(("127.0.0.1", 9)),
@@ -247,6 +255,7 @@ print(kernel)
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(platform.machine() in ("x86_64", "aarch64"))
 
 
 def test_a_setting_that_is_not_valid_is_a_numbered_error(tmp_path: Path) -> None:
