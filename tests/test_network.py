@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import ssl
 import sys
@@ -55,11 +56,15 @@ class Line:
     state: Path
     supervisor: Supervisor
 
-    def supernode(self) -> psutil.Process:
-        """The site's supernode, to be suspended and resumed."""
+    @contextlib.contextmanager
+    def supernode(self) -> Iterator[psutil.Process]:
+        """The site's supernode, to be suspended; in the end it runs."""
         site = psutil.Process(self.supervisor.children[1].pid)
         (found,) = (process for process in site.children(recursive=True) if "supernode" in process.cmdline())
-        return found
+        try:
+            yield found
+        finally:
+            found.resume()
 
     def coordinate(self, handle: Callable[[Run], None]) -> None:
         """Start a run and be its coordinator."""
@@ -70,12 +75,16 @@ class Line:
             if ran:
                 return
 
-    def exchange(self, run: Run, task: Task, out: Path, file: Path | None = None, most: int = 2**30) -> Received:
-        """Sign one task, send it to the site and fetch its answer."""
+    def send(self, run: Run, task: Task, file: Path | None = None) -> str:
+        """Sign one task and send it to the site."""
         key = signing.load_private(self.authority.signing_key.read_bytes(), "coordinator.key")
         message, _ = signing.sign("task", task.model_dump_json(), "coordinator", key)
         node: Node = run.nodes()[SITE]
-        sent = run.push(node, task.key, message, file_array(file) if file else None, 60)
+        return run.push(node, task.key, message, file_array(file) if file else None, 60)
+
+    def exchange(self, run: Run, task: Task, out: Path, file: Path | None = None, most: int = 2**30) -> Received:
+        """Sign one task, send it to the site and fetch its answer."""
+        sent = self.send(run, task, file)
         end = time.monotonic() + 60
         while time.monotonic() < end:
             for ready in run.ready([sent]):
@@ -300,7 +309,6 @@ def test_a_message_whose_announcement_was_lost_with_the_line_is_announced_again(
         line.state.parent / "config" / "site.key",
         max_time=5,
     )
-    supernode = line.supernode()
     lost: list[Any] = []
 
     def lose(node: int) -> None:
@@ -321,11 +329,8 @@ def test_a_message_whose_announcement_was_lost_with_the_line_is_announced_again(
         got.append(line.exchange(run, task, tmp_path / "arrived"))
         thief.join()
 
-    try:
-        with Worker(line.spool, answer):
-            line.coordinate(handle)
-    finally:
-        supernode.resume()
+    with line.supernode() as supernode, Worker(line.spool, answer):
+        line.coordinate(handle)
     assert got[0].error_code is None
     assert len(lost) == 1
 
@@ -344,20 +349,13 @@ def test_a_task_that_is_withdrawn_holds_up_nothing_behind_it(line: Line, tmp_pat
         return Result.answering(given, description=tasks.Description(training_cases=1, test_cases=0)), None
 
     def handle(run: Run) -> None:
-        key = signing.load_private(line.authority.signing_key.read_bytes(), "coordinator.key")
-        message, _ = signing.sign("task", late.model_dump_json(), "coordinator", key)
         supernode.suspend()
-        sent = run.push(run.nodes()[SITE], late.key, message, file_array(tmp_path / "global"), 60)
-        run.withdraw(sent)
+        run.withdraw(line.send(run, late, tmp_path / "global"))
         supernode.resume()
         got.append(line.exchange(run, next_one, tmp_path / "arrived"))
 
-    supernode = line.supernode()
-    try:
-        with Worker(line.spool, answer):
-            line.coordinate(handle)
-    finally:
-        supernode.resume()
+    with line.supernode() as supernode, Worker(line.spool, answer):
+        line.coordinate(handle)
     assert got[0].error_code is None
     assert late.key not in seen
     assert not line.spool.task_parcel(late).folder.exists()

@@ -62,7 +62,7 @@ def _kernel_refuses() -> bool:
     """A seccomp filter: socket(AF_INET | AF_INET6 | AF_PACKET) fails with EACCES (seccomp(2), BPF).
 
     For all threads, and without the guard against speculative store bypass that kernels before 5.16 switch on with a
-    filter: it is for sandboxes that share a process with a stranger, and costs arithmetic several percent.
+    filter: it is for sandboxes that share a process with a stranger, and may slow a process down (not measured here).
     """
     if not sys.platform.startswith("linux") or platform.machine() not in _SYSTEM_CALLS:
         return False

@@ -126,12 +126,11 @@ class Run:
         with self._guarded():
             try:
                 return self._transfer.take(ready, weights, max_weights, give_up)
-            except Unavailable as error:
+            except (Unavailable, FednnunetError) as error:
                 self._transfer.withdraw(ready.message_id)
+                if isinstance(error, FednnunetError):
+                    raise
                 return Received("", False, ErrorCode.MESSAGE_UNAVAILABLE, str(error))
-            except FednnunetError:
-                self._transfer.withdraw(ready.message_id)
-                raise
 
     def withdraw(self, message_id: str) -> None:
         """Take back a task that nobody waits for any more: a site that is fetching it stops at the next chunk."""
