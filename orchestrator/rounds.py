@@ -5,8 +5,8 @@ Rules:
 - A task is signed each time it is sent, an answer is opened with its site's key (orchestrator.signatures).
 - An answer counts when the journal says so: it is fetched to a file, checked (orchestrator.admission), recorded.
 - One look asks for all outstanding answers at once; each answer is then fetched by itself, chunk by chunk.
-- A site that restarts has lost what it was sent: Flower shows a new activation, and the task is sent again. The
-  site does it once all the same (its spool is keyed by the task).
+- A site that restarts has lost what it was sent, and the rest of an answer that it was sending: Flower shows a new
+  activation, and the task is sent again. The site does it once all the same (its spool is keyed by the task).
 - A site that fails says so with a code; it is asked again only where its code says that this may help.
 - At the deadline the exchange ends with whoever answered. Who is missing, and why, is part of the outcome. What was not
   answered is withdrawn: a site on a slow line is not kept from the next exchange by the rest of this one.
@@ -93,6 +93,8 @@ class _Outstanding:
     nonce: str
     errand: Errand
     activated_at: str
+    cut_off: threading.Event = field(default_factory=threading.Event)
+    """The site has started anew: what has not come of its answer will not come."""
 
 
 Accept = Callable[[Task, Result, Path], dict[str, Any]]
@@ -204,9 +206,12 @@ class Exchange:
                     if now - looked >= LOOK_AT_NODES:
                         nodes, looked = self._carrier.nodes(), now
                         outcome.missing.update(self._not_registered(open_sites()))
+                    answering = dict(fetching.values())
                     for site in open_sites():
                         node, sent = nodes.get(site), outstanding.get(site)
-                        if any(name == site for name, _ in fetching.values()):
+                        if site in answering:
+                            if node is not None and node.activated_at != answering[site].activated_at:
+                                answering[site].cut_off.set()
                             continue
                         if node is None or not node.online:
                             reasons[site] = "offline"
@@ -228,7 +233,7 @@ class Exchange:
                         if not site:
                             continue
                         sent = outstanding.pop(site)
-                        future = pool.submit(self._fetch, ready, sent, max_weights, expired.is_set)
+                        future = pool.submit(self._fetch, ready, sent, max_weights, expired)
                         fetching[future] = (site, sent)
                     now = time.monotonic()
                     wait = min(pause(self._poll, now - heard, PATIENCE), max(0.0, end - now))
@@ -286,9 +291,13 @@ class Exchange:
         return self._journal.folder / "incoming" / f"{task.key}-{task.site}-{task.attempt}.safetensors"
 
     def _fetch(
-        self, ready: Ready, sent: _Outstanding, max_weights: int, give_up: Callable[[], bool]
+        self, ready: Ready, sent: _Outstanding, max_weights: int, expired: threading.Event
     ) -> tuple[Received, Result | None]:
         task = sent.errand.task
+
+        def give_up() -> bool:
+            return expired.is_set() or sent.cut_off.is_set()
+
         received = self._carrier.take(ready, self._incoming(task), max_weights, give_up)
         if received.error_code is not None:
             return received, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import ssl
 import sys
@@ -25,7 +26,7 @@ from appliance.spool import Spool
 from federation import audit, files, signing, tasks, weights
 from federation.errors import FednnunetError
 from federation.flower import bundle, clients, runner
-from federation.flower.runner import Node, Run
+from federation.flower.runner import Node, Run, RunLost
 from federation.flower.transfer import Received, file_array
 from federation.processes import Child, Supervisor, free_port
 from federation.study import parse
@@ -56,11 +57,16 @@ class Line:
     state: Path
     supervisor: Supervisor
 
+    def process(self, role: str) -> psutil.Process:
+        """The site's supernode or link."""
+        site = psutil.Process(self.supervisor.children[1].pid)
+        (found,) = (process for process in site.children(recursive=True) if role in process.cmdline())
+        return found
+
     @contextlib.contextmanager
     def supernode(self) -> Iterator[psutil.Process]:
         """The site's supernode, to be suspended; in the end it runs."""
-        site = psutil.Process(self.supervisor.children[1].pid)
-        (found,) = (process for process in site.children(recursive=True) if "supernode" in process.cmdline())
+        found = self.process("supernode")
         try:
             yield found
         finally:
@@ -359,6 +365,82 @@ def test_a_task_that_is_withdrawn_holds_up_nothing_behind_it(line: Line, tmp_pat
     assert got[0].error_code is None
     assert late.key not in seen
     assert not line.spool.task_parcel(late).folder.exists()
+
+
+def test_a_run_that_ends_while_its_task_is_fetched_holds_up_nothing_behind_it(line: Line, tmp_path: Path) -> None:
+    """A coordinator that is stopped in the middle of a download goes on in another run."""
+    values = np.random.default_rng(0).random((13, 2**18), np.float32)
+    digest = weights.save(tmp_path / "global", {"w": values})
+    header = weights.describe_full(tmp_path / "global", digest)
+    cut_off = Task(study=STUDY, site=SITE, kind=Kind.TRAIN, fold="all", round=8, weights=header)
+    next_one = Task(study=STUDY, site=SITE, kind=Kind.DESCRIBE, attempt=5)
+    seen: list[str] = []
+    got: list[Received] = []
+    over = threading.Event()
+
+    def answer(given: Task) -> tuple[Result, Path | None]:
+        seen.append(given.key)
+        return Result.answering(given, description=tasks.Description(training_cases=1, test_cases=0)), None
+
+    def interrupted(run: Run) -> None:
+        push, chunks = run._client.PushObject, itertools.count()
+
+        def push_but_one_chunk(request: Any) -> Any:
+            if len(request.object_content) > 2**20 and next(chunks):
+                over.wait(60)
+            return push(request)
+
+        run._client.PushObject = push_but_one_chunk
+        with contextlib.suppress(RunLost, clients.HTTPError):
+            line.send(run, cut_off, tmp_path / "global")
+
+    def coordinate() -> None:
+        line.coordinate(interrupted)
+
+    with Worker(line.spool, answer):
+        first = threading.Thread(target=coordinate)
+        first.start()
+        try:
+            until(lambda: any(line.spool.root.glob("incoming/*")))
+            (run_id,) = line.control.active()
+            line.control.stop(run_id)
+            line.coordinate(lambda run: got.append(line.exchange(run, next_one, tmp_path / "arrived")))
+        finally:
+            over.set()
+            first.join()
+    assert got[0].error_code is None
+    assert cut_off.key not in seen
+    assert not any(line.spool.root.glob("incoming/*"))
+
+
+@pytest.mark.long
+def test_a_link_that_dies_in_the_middle_of_its_answer_is_asked_again(line: Line, tmp_path: Path) -> None:
+    """The supernode waits for the rest, and the coordinator with it, until the supernode starts anew."""
+    digest = weights.save(tmp_path / "update", {"w": np.random.default_rng(0).random((50, 2**20), np.float32)})
+    header = weights.describe_full(tmp_path / "update", digest)
+    task = Task(study=STUDY, site=SITE, kind=Kind.FINISH, fold="all")
+    got: list[Received] = []
+
+    def answer(given: Task) -> tuple[Result, Path | None]:
+        update = tmp_path / f"update-{len(got)}"
+        shutil.copyfile(tmp_path / "update", update)
+        return Result.answering(given, weights=header), update
+
+    def handle(run: Run) -> None:
+        before = run.nodes()[SITE].activated_at
+        sent = line.send(run, task)
+        while not (ready := run.ready([sent])):
+            time.sleep(0.002)
+        line.process("link").kill()
+        until(lambda: SITE in (nodes := run.nodes()) and nodes[SITE].activated_at != before)
+        got.append(run.take(ready[0], tmp_path / "arrived", 2**30, lambda: True))
+        got.append(line.exchange(run, task, tmp_path / "arrived"))
+
+    with Worker(line.spool, answer):
+        line.coordinate(handle)
+    assert got[0].error_code is not None, "it died too late"
+    assert got[1].error_code is None
+    assert files.sha256_of(tmp_path / "arrived") == digest
 
 
 def test_a_task_for_another_site_is_refused_by_the_link(line: Line, tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def test_a_start_keeps_what_is_on_its_way_and_takes_away_what_no_row_speaks_of(
     assert {name: again.get(name) for name in made} == made
 
 
-def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: Path) -> None:
+@pytest.mark.parametrize("body", [f"[{number}]" for number in range(6)])
+def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: Path, body: str) -> None:
+    """Flower orders a message's records by their hashes: the body's may stand behind that of the weights."""
     pushed = []
 
     def push_messages(request: Any) -> Any:
@@ -155,7 +157,7 @@ def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: 
         pushed.append(len(request.object_content))
         return SimpleNamespace(stored=True)
 
-    message = Message(content("{}", file_array(weights)), 1, "train", group_id="x", ttl=60.0)
+    message = Message(content(body, file_array(weights)), 1, "train", group_id="x", ttl=60.0)
     Transfer(SimpleNamespace(PushMessages=push_messages, PushObject=push_object), 0, 1).push(message)
     assert max(pushed[:5]) < SMALL  # message, records, head of the array
     assert len(pushed) == 5 + 3

@@ -171,6 +171,26 @@ def test_a_site_that_restarts_is_sent_its_task_again(journal: Journal) -> None:
     assert network.withdrawn == ["describe b"]
 
 
+def test_a_site_that_restarts_while_its_answer_is_fetched_is_sent_its_task_again(journal: Journal) -> None:
+    """Nobody has the rest of that answer any more."""
+
+    class CutOff(SimulatedNetwork):
+        def take(self, ready: Ready, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
+            if ready.reply_to == "m1" and not self.activated:  # b's
+                self.activated["b"] = "t1"
+                end = time.monotonic() + 60
+                while not give_up():
+                    assert time.monotonic() < end
+                    time.sleep(0.01)
+                return Received("", False, LOST, "gave up")
+            return super().take(ready, weights, max_weights, give_up)
+
+    network = CutOff(dict.fromkeys("abc", description))
+    outcome = ask(network, journal, deadline=30.0)
+    assert sorted(outcome.answers) == ["a", "b", "c"]
+    assert [task.site for task in network.pushed] == ["a", "b", "c", "b"]
+
+
 def test_a_message_that_flower_lost_is_sent_again(journal: Journal) -> None:
     lost = iter([Received("", False, LOST, "node unavailable")])
     network = SimulatedNetwork({"a": description, "b": lambda task: next(lost, description(task)), "c": description})

@@ -6,13 +6,15 @@
 - After a crash Flower refuses the node for up to 60 s ("already active"): we take it off first.
 - Flower takes a slow line for a dead one: its client is ours (federation.flower.clients).
 - When Flower's loop ends on an error it leaves a process that answers its link but never again the SuperLink:
-  we end the process, so that the supervisor starts another.
+  we end the process, so that the supervisor starts another. So we do where the link is gone in the middle of its
+  answer: the loop, and the coordinator behind it, would wait for the rest for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -27,10 +29,13 @@ import flwr.supernode.fleet_http_connection as fleet_connection
 import flwr.supernode.start_client_internal as loop
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import update_console_handler
+from flwr.supercore.run import RunNotRunningException
 
 from federation.flower import clients
 from federation.flower.transfer import in_order, parents_first
 from federation.patience import SLOWEST, pause
+
+log = logging.getLogger("fednnunet.supernode")
 
 _cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
 
@@ -75,6 +80,17 @@ class _Clock:
         return stored
 
 
+class _Over(Exception):
+    """The run has ended while a message of it was fetched.
+
+    Flower's own exception is not an `Exception`: it passes by the place where what has come is thrown away and the task
+    ends, and the link would wait for ever for the rest.
+    """
+
+    def __str__(self) -> str:
+        return "its run has ended"
+
+
 def _stream(loop: Any, store: Any, clock: _Clock) -> None:
     """Let Flower's loop move a message part by part, each before its own parts."""
     preregister, put = store.preregister, store.put
@@ -87,7 +103,10 @@ def _stream(loop: Any, store: Any, clock: _Clock) -> None:
             put(object_id, pull_object_fn(object_id))
             return b""
 
-        inflatable_utils.pull_objects(object_ids, pull)
+        try:
+            inflatable_utils.pull_objects(object_ids, pull)
+        except RunNotRunningException as over:
+            raise _Over from over
         return {}
 
     store.preregister, store.put = registered, clock.waking(put)
@@ -115,6 +134,22 @@ def _answer_waits(state: Any) -> bool:
     with state.lock_msg_store:
         entries = list(state.msg_store.values())
     return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in entries)
+
+
+def _end_with_half_an_answer(state: Any, store: Any) -> None:
+    """End this process when the link's lease runs out before it has handed over all of an answer."""
+    link_is_gone = state._on_task_tokens_expired
+
+    def gone(tasks: list[Any]) -> None:
+        link_is_gone(tasks)
+        with state.lock_msg_store:
+            answers = [name for name, entry in state.msg_store.items() if entry.message.metadata.reply_to_message_id]
+        trees = [store.get_object_tree(name) for name in answers if name in store]
+        if any(store.get(part.object_id) == b"" for tree in trees for part in parents_first(tree)):
+            log.warning("the link is gone in the middle of its answer: starting anew, so that it is asked again")
+            os._exit(1)
+
+    state._on_task_tokens_expired = gone
 
 
 @dataclass(frozen=True)
@@ -167,7 +202,9 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
 
         state.set_node_id = remember
         state.store_message = clock.waking(state.store_message)
-        _stream(flower["loop"], state_factory.objectstore_factory.store(), clock)
+        store = state_factory.objectstore_factory.store()
+        _stream(flower["loop"], store, clock)
+        _end_with_half_an_answer(state, store)
         start(state_factory=state_factory, **arguments)
 
     flower["cli"].start_client_internal = remembering

@@ -133,10 +133,11 @@ class Ready:
 
 
 def parents_first(tree: Any) -> Iterator[Any]:
-    """The nodes of a tree of objects, each before its parts: the records, then a file's chunks from its start."""
-    yield tree
-    for child in tree.children:
-        yield from parents_first(child)
+    """The nodes of a tree of objects, level by level: all records, then a file's chunks from its start."""
+    level = [tree]
+    while level:
+        yield from level
+        level = [child for node in level for child in node.children]
 
 
 def in_order(tree: Any, wanted: Collection[str]) -> list[str]:

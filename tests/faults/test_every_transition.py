@@ -26,6 +26,14 @@ from orchestrator.admin.simulate import Simulation
 pytestmark = pytest.mark.timeout(3000)
 
 
+CHOICES = [
+    [("orchestrator superlink", "")],
+    [("appliance.link supernode", "hospital_a")],
+    [("orchestrator superlink", ""), ("orchestrator coordinator", "")],  # what was under way belongs to a run that ends
+]
+"""Who is killed together at a random time: commands, and whose."""
+
+
 def figures(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Kills, and seconds from a kill to the next life of that process."""
     waits = []
@@ -95,16 +103,15 @@ def test_superlink_and_supernode_killed_at_random_times(
 
         def disturb() -> None:
             while len(kills) < most and not over.wait(chance.uniform(2.0, 7.0)):
-                command, site = chance.choice(
-                    [("orchestrator superlink", ""), ("appliance.link supernode", "hospital_a")]
-                )
-                process = federation.process(command, site)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
+                killed = [(name, federation.process(*name)) for name in chance.choice(CHOICES)]
+                for _, process in killed:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGKILL)
                 died = time.monotonic()
-                while federation.process(command, site).pid == process.pid and not over.is_set():
-                    time.sleep(0.05)
-                kills.append((command, time.monotonic() - died))
+                for name, process in killed:
+                    while federation.process(*name).pid == process.pid and not over.is_set():
+                        time.sleep(0.05)
+                    kills.append((name[0], time.monotonic() - died))
 
         thread = threading.Thread(target=disturb)
         disturbed = study("disturbed", rounds=3, iterations_per_epoch=15, round_deadline=1200, step_deadline=1200)
