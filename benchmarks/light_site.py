@@ -30,7 +30,7 @@ from appliance.spool import Spool
 from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
 from federation import signing, tasks, weights
 from federation.flower import clients
-from federation.flower.supernode import PATIENCE
+from federation.flower.supernode import HELD, PATIENCE
 from federation.flower.transfer import Transfer, content, file_array
 from federation.patience import pause
 from federation.tasks import Kind, Result, Task
@@ -234,10 +234,13 @@ class LightClient(threading.Thread):
         request = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT)
         node = Node(node_id=self._client.ActivateNode(request).node_id)
         threading.Thread(target=self._beat, args=(node,), daemon=True).start()
-        worked = time.monotonic()
-        while not self._stopped.wait(pause(self._poll, time.monotonic() - worked, PATIENCE)):
+        worked, looked = time.monotonic(), 0.0
+        while not self._stopped.wait(0.0 if looked >= HELD else pause(self._poll, time.monotonic() - worked, PATIENCE)):
             fleet = _Fleet(self._client, node)
-            for ready in Transfer(fleet, node.node_id, 0).ready():
+            began = time.monotonic()
+            found = Transfer(fleet, node.node_id, 0).ready()
+            looked = time.monotonic() - began
+            for ready in found:
                 metadata = metadata_from_proto(ready.proto.metadata)
                 transfer = Transfer(fleet, node.node_id, metadata.run_id)
                 arrived = self._folder / "arrived.safetensors"

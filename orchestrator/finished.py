@@ -10,6 +10,7 @@ from federation import files
 from federation.audit import read
 from federation.study import Study
 from orchestrator.history import Found, choose
+from orchestrator.journal import read_study
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Finished:
 
 
 def load(folder: Path) -> Finished | None:
-    """The study of a folder if it is done, else None. Raises FNU-504 when its journal has been changed."""
+    """The study of a folder if it is done, else None. Raises FNU-504 when its journal, or what it is, was changed."""
     lines = read(folder / "journal.jsonl")
     if not lines or lines[-1]["event"] != "done":
         return None
@@ -56,7 +57,7 @@ def load(folder: Path) -> Finished | None:
     planned = [line for line in lines if line["event"] == "planned"]
     return Finished(
         folder,
-        Study.model_validate(files.read_json(folder / "study.json")),
+        read_study(folder / "study.json"),
         lines[-1]["at"],
         planned[-1]["plans_sha256"] if planned else None,
         exported[-1] if exported else None,

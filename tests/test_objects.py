@@ -217,7 +217,7 @@ def test_an_answer_is_sent_also_where_no_message_came_before_it() -> None:
     """Answered twice, a message would leave the answer to the next one behind."""
     node = InMemoryNodeState(InMemoryObjectStore())
     loop = SimpleNamespace(_pull_and_store_message=lambda *, state: None)
-    supernode._push_what_waits(loop)
+    supernode._push_what_waits(loop, supernode._Clock(0.5))
     assert loop._pull_and_store_message(state=node) is None
     about = Metadata(1, "asked", 1, 2, "", "x", time.time(), 60.0, "train")
     asked = make_message(metadata=about, content=RecordDict())

@@ -12,6 +12,8 @@ is known by its activation.
 
 Flower gives a message out once: where the answer that names it is lost with the line, the node never fetches it, and
 the coordinator waits for it until the round's deadline. Here it is given out again.
+
+Who holds the nodes' looks (federation.flower.held) is told of each message once it is in the database.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import flwr.server.superlink.linkstate.linkstate_factory as factory
@@ -48,6 +51,8 @@ class SparingLinkState(SqlLinkState):
     """Flower's state; it answers the same, and writes less."""
 
     _tidied = 0.0
+    sent: Callable[[int], None] = staticmethod(lambda node: None)
+    """Told of each node to which a message is sent."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -98,6 +103,13 @@ class SparingLinkState(SqlLinkState):
             self.delete_messages(useless)
         return bool(again)
 
+    def store_message_and_object_tree(self, message: Message, *arguments: Any, **named: Any) -> tuple[bool, list[str]]:
+        """Keep a message, and say to whom it goes."""
+        stored: tuple[bool, list[str]] = super().store_message_and_object_tree(message, *arguments, **named)
+        if stored[0] and not message.metadata.reply_to_message_id:
+            self.sent(message.metadata.dst_node_id)
+        return stored
+
     def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
         """A node is there; where it was silent, that is no new activation: it still has what it was sent."""
         beats = (
@@ -125,6 +137,11 @@ class SparingLinkState(SqlLinkState):
 
     def store_traffic(self, run_id: int, *, bytes_sent: int, bytes_recv: int) -> None:
         """Nothing: a write for each chunk, for a number that nobody here reads (the journal has the bytes)."""
+
+
+def tell(sent: Callable[[int], None]) -> None:
+    """From here on a SuperLink in this process tells `sent` of each node to which a message is sent."""
+    SparingLinkState.sent = staticmethod(sent)
 
 
 def use() -> None:

@@ -9,8 +9,9 @@ they are: whoever reaches the port can run code at every site. So:
   with Flower's secret and task tokens, ``/health``, and a page of ours for people with the same token;
 - everything else is 404, by path, before Flower sees it.
 
-Connections that send nothing, or slowly, are ended (federation.flower.impatient). A new server certificate is taken up
-while the SuperLink runs: connections that are open go on.
+A site's look for a message is held until there is one (federation.flower.held). Connections that send nothing, or
+slowly, are ended (federation.flower.impatient). A new server certificate is taken up while the SuperLink runs:
+connections that are open go on.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
 from federation.flower import lean, objects, state
+from federation.flower.held import Held
 from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
 
@@ -179,6 +181,8 @@ def serve(
     update_console_handler(level="WARNING", timestamps=True, colored=False)
     app = create_app(config, _cli.SuperLinkLifespan)
     lean.slim(app, event_logs=config.event_log_plugin is not None)
+    held = Held(app)
+    state.tell(held.sent)
     token = hashlib.sha256(files.token.read_bytes().strip()).digest()
     common: dict[str, Any] = {
         "log_level": "warning",
@@ -198,7 +202,7 @@ def serve(
     )
     outer = _Server(
         uvicorn.Config(
-            Guard(app, ("/v1/fleet/",), intake=Intake(enroll) if enroll else None),
+            Guard(held, ("/v1/fleet/",), intake=Intake(enroll) if enroll else None),
             host=fleet.host,
             port=fleet.port,
             lifespan="off",
@@ -208,6 +212,7 @@ def serve(
 
     async def both() -> None:
         def stop() -> None:
+            held.close()
             inner.should_exit = outer.should_exit = True
 
         for number in (signal.SIGTERM, signal.SIGINT):

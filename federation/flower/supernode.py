@@ -2,7 +2,8 @@
 
 - Flower keeps what it pulls to itself until a message is whole: here each part is handed on when it is there, records
   first, so that the link writes what is being downloaded, and the SuperLink what is being uploaded.
-- Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less at first.
+- Flower sleeps 3 s between two looks, as a literal: its module's `time` is replaced by one that sleeps less at first,
+  and not at all after a look that our SuperLink has held (federation.flower.held).
 - After a crash Flower refuses the node for up to 60 s ("already active"): we take it off first.
 - Flower takes a slow line for a dead one: its client is ours (federation.flower.clients).
 - When Flower's loop ends on an error it leaves a process that answers its link but never again the SuperLink:
@@ -44,6 +45,9 @@ PATIENCE = 0.02
 """A look for a message comes late by at most this share of what has been waited for it: every look of every site costs
 the SuperLink some milliseconds."""
 
+HELD = 1.0
+"""A look that takes so many seconds was held: the next one follows at once."""
+
 
 class _Clock:
     """Stands in for the `time` module in Flower's loop.
@@ -56,13 +60,15 @@ class _Clock:
         self._poll, self.time = poll, time.time
         self._worked = time.monotonic()
         self._arrived = threading.Event()
+        self.looked = 0.0
+        """Seconds that the last look took."""
 
     def sleep(self, seconds: float) -> None:
-        """Sleep until the link hands something over, at most the poll; or `pause` where nothing came."""
+        """Sleep until the link hands something over, at most the poll; or `pause` after a look that found nothing."""
         if seconds < SLOWEST:
             self._worked = time.monotonic()
             self._wait(min(seconds, self._poll))
-        else:
+        elif self.looked < HELD:
             self._wait(pause(self._poll, time.monotonic() - self._worked, PATIENCE))
 
     def _wait(self, seconds: float) -> None:
@@ -113,8 +119,8 @@ def _stream(loop: Any, store: Any, clock: _Clock) -> None:
     loop.pull_objects, loop.iterate_object_tree = pull_into_the_store, parents_first
 
 
-def _push_what_waits(loop: Any) -> None:
-    """Let Flower's loop send an answer also where no message has come before it.
+def _push_what_waits(loop: Any, clock: _Clock) -> None:
+    """Let Flower's loop send an answer also where no message has come before it; and time its looks.
 
     The loop sends one answer for each message that it pulls. After one that was answered twice, by an error and by the
     link, each answer would wait for the message after its own.
@@ -122,7 +128,9 @@ def _push_what_waits(loop: Any) -> None:
     pull = loop._pull_and_store_message
 
     def pulled(*, state: Any, **named: Any) -> int | None:
+        began = time.monotonic()
         run_id: int | None = pull(state=state, **named)
+        clock.looked = time.monotonic() - began
         if run_id is None and _answer_waits(state):
             return 0
         return run_id
@@ -189,7 +197,7 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
         with contextlib.suppress(clients.HTTPError, ValueError):
             fleet = clients.fleet_client(address, files.ca.read_bytes(), files.key, max_time=5.0)
             clients.deactivate(fleet, int(files.node_id.read_text()))
-    _push_what_waits(flower["loop"])
+    _push_what_waits(flower["loop"], clock)
     start = flower["cli"].start_client_internal
 
     def remembering(*, state_factory: Any, **arguments: Any) -> None:

@@ -65,7 +65,7 @@ def pass_or_die(label: str) -> None:
 def plain(path: str) -> str:
     """A path as it is in every run: no folder of the test, no id of a study, nothing by chance."""
     short = path.partition("/state/")[2] or os.path.basename(path)
-    return re.sub(r"writing-\d+", "writing", re.sub(r"[0-9a-f]{16,}", "ID", short))
+    return re.sub(r"(writing|retired)-\d+", r"\1", re.sub(r"[0-9a-f]{16,}", "ID", short))
 
 
 def hook(event: str, arguments: tuple[object, ...]) -> None:
