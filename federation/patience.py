@@ -8,6 +8,11 @@ from __future__ import annotations
 
 SLOWEST = 3.0
 """Seconds: Flower's own pause between two looks for a message."""
+HOLD = 20.0
+"""Seconds for which the SuperLink holds a site's look that would find nothing: proxies end a request that is not
+answered for longer, the first of them after 30."""
+UNHEARD = 10.0
+"""Seconds after which a message that its site does not fetch is given out again."""
 
 
 def pause(poll: float, waited: float, share: float) -> float:

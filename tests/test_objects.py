@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,16 @@ import numpy as np
 import pytest
 from flwr.app import Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
@@ -216,19 +221,42 @@ def test_a_message_is_confirmed_only_when_its_sender_has_handed_over_all_of_it(t
 def test_an_answer_is_sent_also_where_no_message_came_before_it() -> None:
     """Answered twice, a message would leave the answer to the next one behind."""
     node = InMemoryNodeState(InMemoryObjectStore())
-    loop = SimpleNamespace(_pull_and_store_message=lambda *, state: None)
+    loop = SimpleNamespace(_pull_and_store_message=lambda *, state, confirm_message_received: None)
     supernode._push_what_waits(loop, supernode._Clock(0.5))
-    assert loop._pull_and_store_message(state=node) is None
+    pull = functools.partial(loop._pull_and_store_message, state=node, confirm_message_received=None)
+    assert pull() is None
     about = Metadata(1, "asked", 1, 2, "", "x", time.time(), 60.0, "train")
     asked = make_message(metadata=about, content=RecordDict())
     node.store_message(asked)
-    assert loop._pull_and_store_message(state=node) is None
+    assert pull() is None
     answer = Message(RecordDict(), reply_to=asked)
     answer.metadata.__dict__["_message_id"] = "answer"
     node.store_message(answer)
-    assert loop._pull_and_store_message(state=node) is not None
+    assert pull() is not None
     assert [one.metadata.message_id for one in node.get_messages_legacy(is_reply=True)] == ["answer"]
-    assert loop._pull_and_store_message(state=node) is None
+    assert pull() is None
+
+
+def test_a_run_that_ends_before_its_message_is_confirmed_leaves_no_task_behind() -> None:
+    """Flower clears away after an `Exception`, and what it raises here is none."""
+    cleared = []
+
+    def confirm(run_id: int, message_id: str) -> None:
+        raise RunNotRunningException
+
+    def pull(*, state: Any, confirm_message_received: Callable[[int, str], None]) -> int | None:
+        try:
+            confirm_message_received(1, "asked")
+        except Exception as error:  # noqa: BLE001 - as Flower does
+            cleared.append(str(error))
+            return None
+        return 1
+
+    loop = SimpleNamespace(_pull_and_store_message=pull)
+    supernode._push_what_waits(loop, supernode._Clock(0.5))
+    node = InMemoryNodeState(InMemoryObjectStore())
+    assert loop._pull_and_store_message(state=node, confirm_message_received=confirm) is None
+    assert cleared == ["its run has ended"]
 
 
 def test_a_line_that_is_away_for_minutes_costs_nothing_that_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +308,23 @@ def test_a_node_that_was_silent_is_online_again_without_a_new_activation(
     assert made.deactivate_node(node)
     assert made.activate_node(node, 30.0)
     assert made.get_node_info(node_ids=[node])[0].last_activated_at != active.last_activated_at
+
+
+def test_what_was_withdrawn_does_not_stand_before_what_waits(tmp_path: Path) -> None:
+    """Flower finds the one, answers with nothing, and a site would be held with a task waiting."""
+    store = InMemoryObjectStore()
+    made = state.SparingLinkState(str(tmp_path / "superlink.db"), NoOpFederationManager(), store)
+    made.initialize()
+    node = made.create_node("owner", "owner", b"key", 30.0)
+    assert made.activate_node(node, 30.0)
+    run = made.create_run(None, None, "hash", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+    session = made.start_session(run)
+    for number, name in enumerate(("1" * 64, "2" * 64)):
+        about = Metadata(run, name, SUPERLINK_NODE_ID, node, "", "x", time.time() - 10.0 + number, 60.0, "train")
+        message = make_message(metadata=about, content=RecordDict())
+        assert made.store_message_and_object_tree(message, ObjectTree(object_id=name), session)[0]
+    store.delete("1" * 64)
+    assert [one.metadata.message_id for one in made.get_message_ins(node, 1)] == ["2" * 64]
 
 
 def test_a_part_that_is_sent_again_because_the_answer_was_lost_is_taken(

@@ -49,11 +49,14 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from federation.flower.bundle import bundle, bundle_hash
+from federation.patience import HOLD
 
 _OUTAGE = (502, 503, 504)
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 HTTPError = httpx.HTTPError
 
+LOOK = "/v1/fleet/pull-messages"
+"""Where a site looks for a message."""
 SLOWEST_LINE = 10_500.0
 """Bytes a second that an upload is given time for: a chunk of 5 MiB is given up before the SuperLink forgets it."""
 DEAD_LINE = 60
@@ -176,6 +179,8 @@ class FleetClient(FleetHttpClient):
 
 def _allow_for_the_line(request: httpx.Request) -> None:
     timeout = request.extensions["timeout"]
+    if request.url.path == LOOK:
+        timeout["read"] += HOLD
     for wait in ("read", "write"):  # over TLS the whole body is one write
         timeout[wait] += int(request.headers.get("content-length", 0)) / SLOWEST_LINE
     request.extensions["trace"] = _watch

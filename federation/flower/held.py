@@ -1,14 +1,14 @@
 """A site's look for a message is held until there is one: nobody looks again and again, and nobody learns of it late.
 
-Flower's supernode looks every three seconds. With many sites these looks are most of what a SuperLink does
+Flower's supernode looks every three seconds. With many sites these looks are a large part of what a SuperLink does
 (benchmarks/scale.py), and each message waits for the next of them. Here a look that would find nothing is answered
 when the coordinator sends something, at the latest after `HOLD` seconds. Flower's handler, behind this, says what there
 is, and to whom; what is held costs a timer.
 
 Rules:
 
-- A look is held where the one before it was let in and found nothing, and nothing has been sent since. The first look
-  of a node, and the look after a message (which its line may have lost), go through.
+- A look is held where the one before it was let in, and nothing has been sent since: the first look of a node goes
+  through, and one that follows a message is held for no longer than until that would be given out again.
 - A site has one look at a time: of two, the older one's line is gone, and its look finds nothing.
 - A look whose line ends while it is held is forgotten: no message is given out to it.
 """
@@ -16,15 +16,19 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-PATH = "/v1/fleet/pull-messages"
-HOLD = 20.0
-"""Seconds: proxies end a request that is not answered for longer, the first of them after 30."""
+from federation.flower.clients import LOOK
+from federation.patience import HOLD, UNHEARD
+
+LATE = 0.5
+"""Seconds after that moment for which a look is held still."""
 LARGEST = 64 * 1024
 """Bytes of a request for which it is read here; it holds a node's number."""
 
@@ -42,7 +46,7 @@ class Held:
 
     def __init__(self, app: Any, hold: float = HOLD) -> None:
         self._app, self._hold = app, hold
-        self._idle: set[int] = set()
+        self._given: dict[int, float] = {}  # nodes whose last look was let in, and when they were last given a message
         self._sent: set[int] = set()
         self._looks: dict[int, asyncio.Future[bool]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -50,7 +54,7 @@ class Held:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One ASGI call."""
-        if scope["type"] != "http" or scope["path"] != PATH:
+        if scope["type"] != "http" or scope["path"] != LOOK:
             await self._app(scope, receive, send)
             return
         self._loop = asyncio.get_running_loop()
@@ -59,6 +63,7 @@ class Held:
         if not await self._ready(node, receive):
             await _find_nothing(send)
             return
+        given = self._given.pop(node, -math.inf)
         self._sent.discard(node)
 
         async def again() -> Any:
@@ -70,8 +75,8 @@ class Held:
             nonlocal status, size
             status = message.get("status", status)
             size += len(message.get("body", b""))
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                (self._idle.add if status == 200 and size == 0 else self._idle.discard)(node)
+            if message["type"] == "http.response.body" and not message.get("more_body", False) and status == 200:
+                self._given[node] = time.monotonic() if size else given
             await send(message)
 
         await self._app(scope, again, watched)
@@ -94,15 +99,17 @@ class Held:
 
     async def _ready(self, node: int, receive: Any) -> bool:
         """Hold a look; whether it is still wanted."""
-        if self._closed or node not in self._idle or node in self._sent:
+        if self._closed or node not in self._given or node in self._sent:
             return True
+        until_again = self._given[node] + UNHEARD + LATE - time.monotonic()
         if node in self._looks:
             _end(self._looks[node], False)
         look = self._looks[node] = asyncio.get_running_loop().create_future()
         gone = asyncio.ensure_future(receive())
         try:
-            await asyncio.wait({look, gone}, timeout=self._hold, return_when=asyncio.FIRST_COMPLETED)
-            return look.result() if look.done() else not gone.done()
+            hold = min(self._hold, until_again) if until_again > 0 else self._hold
+            await asyncio.wait({look, gone}, timeout=hold, return_when=asyncio.FIRST_COMPLETED)
+            return not gone.done() and (not look.done() or look.result())
         finally:
             gone.cancel()
             if self._looks.get(node) is look:
@@ -126,7 +133,9 @@ async def _read(receive: Any) -> list[Any]:
 
 
 def _node(parts: list[Any]) -> int:
-    """The node that looks, by its own word: who it is, Flower asks behind this."""
+    """The node that looks, by its own word: who it is, Flower asks behind this. 0 where it is not said."""
+    if parts[-1].get("more_body", False):
+        return 0
     try:
         return int(PullMessagesRequest.FromString(b"".join(part.get("body", b"") for part in parts)).node.node_id)
     except DecodeError:

@@ -35,12 +35,12 @@ from flwr.supercore.state.schema.linkstate_models import MessageIns, Node
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select, update
 
+from federation.patience import UNHEARD
+
 THREADS = 40
 """anyio's limit of threads, which the server's handlers run in."""
 SILENCE = 600.0
 """Seconds for which a node that is offline keeps what it was sent, and what it has uploaded of an answer."""
-UNHEARD = 10.0
-"""Seconds after which a message that its node does not fetch is given out again."""
 TIMES = 3
 """How often a message is given out again."""
 TIDY = 1.0
@@ -75,6 +75,11 @@ class SparingLinkState(SqlLinkState):
         moments = {str(name): moment or "" for name, moment in rows}
         if not moments:
             return []
+        # Flower would find one that was withdrawn, answer with nothing, and leave what is behind it to the next look
+        withdrawn = {name for name, given in moments.items() if not given and name not in self.object_store}
+        if withdrawn:
+            self.delete_messages(withdrawn)
+            moments = {name: given for name, given in moments.items() if name not in withdrawn}
         if all(moments.values()) and not self._wait_again(node_id, moments):
             return []
         found: list[Message] = super().get_message_ins(node_id, limit, run_id=run_id)

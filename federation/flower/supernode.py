@@ -30,6 +30,7 @@ import flwr.supernode.fleet_http_connection as fleet_connection
 import flwr.supernode.start_client_internal as loop
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import update_console_handler
+from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.run import RunNotRunningException
 
 from federation.flower import clients
@@ -97,6 +98,18 @@ class _Over(Exception):
         return "its run has ended"
 
 
+def _or_over(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which raises `_Over` where Flower says that the run has ended."""
+
+    def asked(*arguments: Any, **named: Any) -> Any:
+        try:
+            return ask(*arguments, **named)
+        except RunNotRunningException as over:
+            raise _Over from over
+
+    return asked
+
+
 def _stream(loop: Any, store: Any, clock: _Clock) -> None:
     """Let Flower's loop move a message part by part, each before its own parts."""
     preregister, put = store.preregister, store.put
@@ -109,10 +122,7 @@ def _stream(loop: Any, store: Any, clock: _Clock) -> None:
             put(object_id, pull_object_fn(object_id))
             return b""
 
-        try:
-            inflatable_utils.pull_objects(object_ids, pull)
-        except RunNotRunningException as over:
-            raise _Over from over
+        _or_over(inflatable_utils.pull_objects)(object_ids, pull)
         return {}
 
     store.preregister, store.put = registered, clock.waking(put)
@@ -127,9 +137,11 @@ def _push_what_waits(loop: Any, clock: _Clock) -> None:
     """
     pull = loop._pull_and_store_message
 
-    def pulled(*, state: Any, **named: Any) -> int | None:
+    def pulled(*, state: Any, confirm_message_received: Callable[..., Any], **named: Any) -> int | None:
+        if _answer_waits(state):
+            return 0
         began = time.monotonic()
-        run_id: int | None = pull(state=state, **named)
+        run_id: int | None = pull(state=state, confirm_message_received=_or_over(confirm_message_received), **named)
         clock.looked = time.monotonic() - began
         if run_id is None and _answer_waits(state):
             return 0
@@ -150,14 +162,21 @@ def _end_with_half_an_answer(state: Any, store: Any) -> None:
 
     def gone(tasks: list[Any]) -> None:
         link_is_gone(tasks)
+        runs = {task.run_id for task in tasks}
         with state.lock_msg_store:
-            answers = [name for name, entry in state.msg_store.items() if entry.message.metadata.reply_to_message_id]
-        trees = [store.get_object_tree(name) for name in answers if name in store]
-        if any(store.get(part.object_id) == b"" for tree in trees for part in parents_first(tree)):
+            sent = [(name, entry.message.metadata) for name, entry in state.msg_store.items()]
+        if any(about.reply_to_message_id and about.run_id in runs and _is_half(store, name) for name, about in sent):
             log.warning("the link is gone in the middle of its answer: starting anew, so that it is asked again")
             os._exit(1)
 
     state._on_task_tokens_expired = gone
+
+
+def _is_half(store: Any, message_id: str) -> bool:
+    """Whether a part of a message has been announced and has not come."""
+    with contextlib.suppress(NoObjectInStoreError):  # it has just been sent
+        return any(store.get(part.object_id) == b"" for part in parents_first(store.get_object_tree(message_id)))
+    return False
 
 
 @dataclass(frozen=True)
