@@ -420,6 +420,7 @@ def test_a_link_that_dies_in_the_middle_of_its_answer_is_asked_again(line: Line,
     header = weights.describe_full(tmp_path / "update", digest)
     task = Task(study=STUDY, site=SITE, kind=Kind.FINISH, fold="all")
     got: list[Received] = []
+    left = line.spool.root / "incoming" / ".weights.safetensors.writing-1"
 
     def answer(given: Task) -> tuple[Result, Path | None]:
         update = tmp_path / f"update-{len(got)}"
@@ -431,6 +432,8 @@ def test_a_link_that_dies_in_the_middle_of_its_answer_is_asked_again(line: Line,
         sent = line.send(run, task)
         while not (ready := run.ready([sent])):
             time.sleep(0.002)
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"of a download that it would have been in")
         line.process("link").kill()
         until(lambda: SITE in (nodes := run.nodes()) and nodes[SITE].activated_at != before)
         got.append(run.take(ready[0], tmp_path / "arrived", 2**30, lambda: True))
@@ -441,6 +444,7 @@ def test_a_link_that_dies_in_the_middle_of_its_answer_is_asked_again(line: Line,
     assert got[0].error_code is not None, "it died too late"
     assert got[1].error_code is None
     assert files.sha256_of(tmp_path / "arrived") == digest
+    assert not left.exists()
 
 
 def test_a_task_for_another_site_is_refused_by_the_link(line: Line, tmp_path: Path) -> None:

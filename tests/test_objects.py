@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import itertools
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +219,40 @@ def test_a_message_is_confirmed_only_when_its_sender_has_handed_over_all_of_it(t
     message = remove_content_from_message(Message(RecordDict(), 1, "train", group_id="x", ttl=60.0))
     Transfer(client, 0, 1, 0.01).take(Ready(message_to_proto(message), tree), tmp_path / "x", 0, lambda: False)
     assert confirmed == [len(made)]
+
+
+def test_a_signal_ends_the_wait_for_a_chunk_and_leaves_nothing_half_written(weights: Path, tmp_path: Path) -> None:
+    """A supervisor would have to kill the link, and half a file would stay."""
+
+    class Ended(SystemExit):
+        pass
+
+    def end(*_: object) -> None:
+        raise Ended
+
+    tree, made = parts(weights)
+    asked = itertools.count()
+
+    def pull_object(request: Any) -> Any:
+        found = made.get(request.object_id, b"")
+        if len(found) > SMALL and next(asked) == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        available = 0 < len(found) <= SMALL
+        return SimpleNamespace(
+            object_found=True, object_available=available, object_content=found if available else b""
+        )
+
+    client = SimpleNamespace(PullObject=pull_object)
+    message = remove_content_from_message(Message(RecordDict(), 1, "train", group_id="x", ttl=60.0))
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with pytest.raises(Ended):
+            Transfer(client, 0, 1, 0.01).take(
+                Ready(message_to_proto(message), tree), tmp_path / "x", 2**30, lambda: False
+            )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_answer_is_sent_also_where_no_message_came_before_it() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import secrets
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def main(settings: Settings, runtime_port: int) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     spool = Spool(settings.spool)
+    shutil.rmtree(spool.root / "incoming", ignore_errors=True)  # what was on its way when the last link was killed
     spool.announce(bundle_hash())
     here = settings.state / "link"
     trusted = signing.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))

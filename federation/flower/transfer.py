@@ -195,7 +195,7 @@ class Transfer:
                     time.sleep(self._back_off * 4**again)
                 raise Unavailable(f"object {object_id[:12]} was not stored")
 
-            _each(in_order(tree, wanted), send)
+            _each(in_order(tree, wanted), send, threading.Event())
         message_id: str = message.metadata.message_id
         return message_id
 
@@ -237,6 +237,8 @@ class Transfer:
         self._client.ConfirmMessageReceived(request)
 
     def _take(self, tree: Any, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
+        broken_off = threading.Event()
+
         def fetch(object_id: str) -> bytes:
             began = time.monotonic()
             while True:
@@ -250,7 +252,7 @@ class Transfer:
                     if hashlib.sha256(got).hexdigest() != object_id:
                         raise FednnunetError(Code.WEIGHTS_DAMAGED, "a chunk is not what its name says")
                     return got
-                if give_up():
+                if give_up() or broken_off.is_set():
                     raise Unavailable("gave up while it was being uploaded")
                 time.sleep(pause(self._back_off, time.monotonic() - began, PATIENCE))
 
@@ -279,12 +281,18 @@ class Transfer:
             else:
                 raise FednnunetError(Code.ENVELOPE_INVALID, f"unexpected {kind[:40]}")
         if array is not None:
-            self._take_file(*array, weights, max_weights, fetch)
+            self._take_file(*array, weights, max_weights, fetch, broken_off)
         fetch(tree.object_id)
         return Received(body, array is not None)
 
     def _take_file(
-        self, raw: bytes, children: list[str], path: Path, max_bytes: int, fetch: Callable[[str], bytes]
+        self,
+        raw: bytes,
+        children: list[str],
+        path: Path,
+        max_bytes: int,
+        fetch: Callable[[str], bytes],
+        broken_off: threading.Event,
     ) -> None:
         try:
             head = json.loads(get_object_body(raw, Array))
@@ -308,12 +316,15 @@ class Transfer:
                     stream.seek(index * CHUNK)
                     stream.write(data)
 
-            _each(range(len(order)), place)
+            _each(range(len(order)), place, broken_off)
 
 
-def _each(items: Any, do: Callable[[Any], None]) -> None:
-    """Do it for every item, two at a time, holding no more than two; the first error ends the rest."""
-    iterator, lock, failed = iter(items), threading.Lock(), threading.Event()
+def _each(items: Any, do: Callable[[Any], None], failed: threading.Event) -> None:
+    """Do it for every item, two at a time, holding no more than two; the first error, or a signal, ends the rest.
+
+    `failed` is set then: who waits in `do` looks at it.
+    """
+    iterator, lock = iter(items), threading.Lock()
 
     def work() -> None:
         while not failed.is_set():
@@ -329,5 +340,9 @@ def _each(items: Any, do: Callable[[Any], None]) -> None:
                 raise
 
     with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
-        for future in [pool.submit(work) for _ in range(_AT_A_TIME)]:
-            future.result()
+        try:
+            for future in [pool.submit(work) for _ in range(_AT_A_TIME)]:
+                future.result()
+        except BaseException:
+            failed.set()
+            raise
