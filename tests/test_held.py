@@ -55,6 +55,11 @@ class Line:
     async def _send(self, message: Any) -> None:
         self.answered.append(message)
 
+    async def ends(self) -> None:
+        """The line is cut."""
+        self.cut.set()
+        await self.task
+
     @property
     def found(self) -> bytes:
         assert self.answered[0]["status"] == 200
@@ -75,6 +80,13 @@ async def idle(held: Held, node: int = SITE) -> None:
     await Line(held, node).task
 
 
+async def send(flower: Flower, held: Held) -> None:
+    """A message for SITE."""
+    flower.waiting[SITE] = FULL
+    await asyncio.to_thread(held.sent, SITE)
+    await asyncio.sleep(0)
+
+
 async def is_held(line: Line) -> None:
     await asyncio.sleep(0.05)
     assert not line.task.done()
@@ -86,14 +98,12 @@ def test_a_first_look_goes_through_and_the_next_one_is_held_until_something_is_s
         await idle(held, OTHER)
         one, other = Line(held), Line(held, OTHER)
         await is_held(one)
-        flower.waiting[SITE] = FULL
-        await asyncio.to_thread(held.sent, SITE)
+        await send(flower, held)
         await one.task
         assert one.found == FULL
         await is_held(other)
         assert flower.looked == [SITE, OTHER, SITE]
-        other.cut.set()
-        await other.task
+        await other.ends()
 
     running(test)
 
@@ -112,9 +122,7 @@ def test_a_look_is_held_for_so_long_and_then_asks() -> None:
 def test_what_is_sent_between_two_looks_is_found_by_the_next() -> None:
     async def test(flower: Flower, held: Held) -> None:
         await idle(held)
-        flower.waiting[SITE] = FULL
-        held.sent(SITE)
-        await asyncio.sleep(0)
+        await send(flower, held)
         line = Line(held)
         await line.task
         assert line.found == FULL
@@ -135,8 +143,7 @@ def test_the_look_after_a_message_is_held_until_that_is_given_out_again(monkeypa
         assert flower.looked == [SITE, SITE]
         line = Line(held)  # it was fetched long ago
         await is_held(line)
-        line.cut.set()
-        await line.task
+        await line.ends()
 
     running(test)
 
@@ -146,15 +153,13 @@ def test_no_message_goes_to_a_look_whose_line_has_ended_or_that_was_followed_by_
         await idle(held)
         ended = Line(held)
         await is_held(ended)
-        ended.cut.set()
-        await ended.task
+        await ended.ends()
         older = Line(held)
         await is_held(older)
         newer = Line(held)
         await older.task
         assert older.found == EMPTY
-        flower.waiting[SITE] = FULL
-        held.sent(SITE)
+        await send(flower, held)
         await newer.task
         assert newer.found == FULL
         assert flower.looked == [SITE, SITE]
@@ -167,9 +172,7 @@ def test_a_look_of_somebody_else_in_its_name_does_not_hold_up_a_site() -> None:
 
     async def test(flower: Flower, held: Held) -> None:
         await idle(held)
-        flower.waiting[SITE] = FULL
-        held.sent(SITE)
-        await asyncio.sleep(0)
+        await send(flower, held)
         waiting, flower.waiting, flower.status = flower.waiting, {}, 401
         await Line(held).task
         flower.waiting, flower.status = waiting, 200

@@ -36,7 +36,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from federation.flower import state, supernode
 from federation.flower.objects import SMALL, FileObjectStore
-from federation.flower.transfer import CHUNK, Ready, Transfer, content, file_array, parents_first
+from federation.flower.transfer import CHUNK, Ready, Transfer, content, file_array, in_order, parents_first
 
 Parts = dict[str, bytes]
 
@@ -152,8 +152,16 @@ def test_a_start_keeps_what_is_on_its_way_and_takes_away_what_no_row_speaks_of(
 
 
 @pytest.mark.parametrize("body", [f"[{number}]" for number in range(6)])
-def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: Path, body: str) -> None:
-    """Flower orders a message's records by their hashes: the body's may stand behind that of the weights."""
+def test_records_are_fetched_before_the_chunks(store: FileObjectStore, weights: Path, body: str) -> None:
+    """The SuperLink gives a message's records by their hashes: the body's may stand behind that of the weights."""
+    tree, made = parts(weights, body)
+    store.preregister(1, tree)
+    fetched = in_order(store.get_object_tree(tree.object_id), made)
+    assert len(fetched) == 5 + 3
+    assert max(len(made[name]) for name in fetched[:5]) < SMALL
+
+
+def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: Path) -> None:
     pushed = []
 
     def push_messages(request: Any) -> Any:
@@ -165,7 +173,7 @@ def test_records_are_pushed_before_the_chunks_and_these_in_their_order(weights: 
         pushed.append(len(request.object_content))
         return SimpleNamespace(stored=True)
 
-    message = Message(content(body, file_array(weights)), 1, "train", group_id="x", ttl=60.0)
+    message = Message(content("{}", file_array(weights)), 1, "train", group_id="x", ttl=60.0)
     Transfer(SimpleNamespace(PushMessages=push_messages, PushObject=push_object), 0, 1).push(message)
     assert max(pushed[:5]) < SMALL  # message, records, head of the array
     assert len(pushed) == 5 + 3
