@@ -1,17 +1,20 @@
 """The distance to the floor: a federated epoch beside one of `nnUNetv2_train`, and what a round costs besides.
 
-    python benchmarks/floor.py [--network small] [--device cpu] [--threads 2] [--epochs 5] [--output FILE]
+    python benchmarks/floor.py [--network small] [--device cpu] [--threads 2] [--epochs 5] [--repeats 1] [--output FILE]
 
 One hospital (phantom, synthetic), one epoch a round, the real processes on this machine; `nnUNetv2_train` trains on the
-very files that the site has preprocessed, with the same plans and iterations, once before and once after the
-federation, so that a machine that becomes slower is seen. On a CPU both use so many threads (all cores; with one less
-the orchestrator, which no hospital has on its machine, does not share them) and no process for augmentation
-(`nnUNet_n_proc_DA=0`); on a GPU both have nnU-Net's own choices: mixed precision, torch.compile, its loader processes.
+very files that the site has preprocessed, with the same plans and iterations, before and after each federated study, so
+that a machine that becomes slower is seen; with `--repeats` they take turns. On a CPU both use so many threads (all
+cores; with one less the orchestrator, which no hospital has on its machine, does not share them) and no process for
+augmentation (`nnUNet_n_proc_DA=0`); on a GPU both have nnU-Net's own choices: mixed precision, torch.compile, its
+loader processes.
 
-- epoch: train and validation iterations; nnU-Net's "Epoch time" beside the site's report; medians, the first left out.
+- epoch: train and validation iterations; nnU-Net's "Epoch time" beside the site's report; medians, the first of each
+  run left out. The ratio, and that of each federated study to the two plain runs around it: how far these are apart is
+  what the machine does to the figure.
 - round: what benchmarks/rounds.py splits, from the task's push to the next global weights.
-- start: `appliance start` until the site is online; `study submit` until the first round's task, and how much of
-  that is fingerprint, planning and preprocessing.
+- start: all processes (`orchestrator start`, `appliance start`) until the site is online and its worker waits; then
+  `study submit` until the first round's task, and how much of that is fingerprint, planning and preprocessing.
 
 `--poll` is the pause of coordinator, link and supernode at first; they look less often the longer they wait. 0.5 is the
 product's own, `fednnunet simulate` has 0.2. benchmarks/gpu.py does the same for larger networks, with their memory.
@@ -131,8 +134,23 @@ def federated(simulation: Simulation, study: Study) -> list[float]:
     return found
 
 
-def starting(simulation: Simulation, study: Study, site_started: float, submitted: float) -> dict[str, float]:
-    """Seconds from the site's start to its being online, and from submitting to each step's end."""
+def idle(simulation: Simulation) -> dict[str, float]:
+    """Seconds until the site is online, and until its worker has loaded all and waits: as a hospital is found."""
+    began, found = time.monotonic(), dict[str, float]()
+    control = simulation._control()
+    while len(found) < 2:
+        if control.nodes()[SITE][1] == "online":
+            found.setdefault("everything started to the site online", time.monotonic() - began)
+        if simulation._doing(SITE) == "waiting":
+            found.setdefault("everything started to the worker waiting", time.monotonic() - began)
+        if time.monotonic() > began + 120:
+            raise SystemExit("the site did not come online")
+        time.sleep(0.05)
+    return found
+
+
+def starting(simulation: Simulation, study: Study, submitted: float) -> dict[str, float]:
+    """Seconds from submitting to each step's end."""
     lines = read(simulation.study_folder(study) / "journal.jsonl")
 
     def at(event: str, **fields: Any) -> float:
@@ -144,7 +162,6 @@ def starting(simulation: Simulation, study: Study, site_started: float, submitte
         return dt.datetime.fromisoformat(line["at"]).timestamp()
 
     return {
-        "site started to online": at("online") - site_started,
         "submitted to the coordinator's first line": at("opened") - submitted,
         "describe and fingerprint": at("phase", phase="planning") - at("phase", phase="describing"),
         "plan": at("phase", phase="preparing") - at("phase", phase="planning"),
@@ -153,16 +170,10 @@ def starting(simulation: Simulation, study: Study, site_started: float, submitte
     }
 
 
-def studies(network: str, amount: Amount, short: Amount) -> tuple[Study, Study]:
-    """A study of short rounds, which leaves preprocessed data and a warm compiler cache, and the measured one."""
-    planner = {"planner": NETWORKS[network][0]}
-    first, study = (
-        phantom_study([SITE], one.epochs, one.iterations)
-        | planner
-        | {"name": name, "validation_iterations_per_epoch": one.validation}
-        for name, one in (("first", short), ("floor", amount))
-    )
-    return parse(first), parse(study)
+def phantom(network: str, amount: Amount, name: str) -> Study:
+    """A study of the one hospital."""
+    fields = {"name": name, "planner": NETWORKS[network][0], "validation_iterations_per_epoch": amount.validation}
+    return parse(phantom_study([SITE], amount.epochs, amount.iterations) | fields)
 
 
 def measure(
@@ -171,44 +182,62 @@ def measure(
     options: SiteOptions,
     short: Amount = Amount(1, 2, 1),
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    repeats: int = 1,
 ) -> dict[str, Any]:
-    """Short rounds, plain, federated, plain; see the module. `keep` gets what is known after each step."""
+    """Short rounds, then plain and federated in turn; see the module. `keep` gets what is known after each step.
+
+    The study of short rounds leaves preprocessed data and a warm compiler cache to all that follow.
+    """
+    plain_runs: list[list[float]] = []
+    federated_runs: list[list[float]] = []
     found: dict[str, Any] = {"network": network, "device": options.device, "threads": options.threads}
-    epoch: dict[str, list[float]] = {}
-    found |= {"poll": options.poll, "amount": asdict(amount), "short": asdict(short), "epoch": epoch}
+    found |= {"poll": options.poll, "amount": asdict(amount), "short": asdict(short)}
+    found |= {"epoch": {"plain": plain_runs, "federated": federated_runs}, "rounds": []}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         here = Path(name)
         data = make_phantom_sites(here / "hospitals", {SITE: NETWORKS[network][1]})
-        first, study = studies(network, amount, short)
+        first = phantom(network, short, "first")
         simulation = Simulation(here / "state", data, options)
         site = simulation.state / "sites" / SITE / "state"
-        began = time.time()
         with simulation.running():
+            found["start"] = idle(simulation)
             submitted = time.time()
             simulation.conduct(first, Console(file=io.StringIO()))
-            found["start"] = starting(simulation, first, began, submitted)
+            found["start"] |= starting(simulation, first, submitted)
             found["short_rounds"] = split(simulation, first)
         keep(found)
-        epoch["before"] = plain(site, here / "before", first, amount, options)
+        plain_runs.append(plain(site, here / "plain_0", first, amount, options))
         keep(found)
-        with simulation.running():
-            simulation.conduct(study, Console(file=io.StringIO()))
-            epoch["federated"], rows = federated(simulation, study), split(simulation, study)
-        keys = ("down", "checkpoint", "other", "up", "aggregate")
-        found |= {"rounds": rows, "besides": {key: statistics.median(row[key] for row in rows[1:]) for key in keys}}
-        compare(found)
-        keep(found)
-        epoch["after"] = plain(site, here / "after", first, amount, options)
-    compare(found)
-    keep(found)
+        for number in range(1, repeats + 1):
+            study = phantom(network, amount, f"floor-{number}")
+            with simulation.running():
+                simulation.conduct(study, Console(file=io.StringIO()))
+                federated_runs.append(federated(simulation, study))
+                found["rounds"].append(split(simulation, study))
+            compare(found)
+            keep(found)
+            plain_runs.append(plain(site, here / f"plain_{number}", first, amount, options))
+            compare(found)
+            keep(found)
     return found
 
 
+def later(runs: list[list[float]]) -> float:
+    """Median of all epochs but the first of each run."""
+    return statistics.median(epoch for run in runs for epoch in run[1:])
+
+
 def compare(found: dict[str, Any]) -> None:
-    """The floor, from the plain runs so far, and the federated epoch's ratio to it; medians without the first epoch."""
-    epoch = found["epoch"]
-    found["floor"] = statistics.median(epoch["before"][1:] + epoch.get("after", [])[1:])
-    found["ratio"] = statistics.median(epoch["federated"][1:]) / found["floor"]
+    """The floor, the federated epoch's ratio to it, that of each study to the plain runs beside it, a round's cost."""
+    plain_runs, federated_runs = found["epoch"]["plain"], found["epoch"]["federated"]
+    found["floor"] = later(plain_runs)
+    found["ratio"] = later(federated_runs) / found["floor"]
+    found["ratios"] = [
+        later([run]) / later(plain_runs[number : number + 2]) for number, run in enumerate(federated_runs)
+    ]
+    keys = ("down", "checkpoint", "other", "up", "aggregate")
+    rows = [row for run in found["rounds"] for row in run[1:]]
+    found["besides"] = {key: statistics.median(row[key] for row in rows) for key in keys}
 
 
 def tables(found: dict[str, Any], amount: Amount) -> list[Table]:
@@ -220,15 +249,17 @@ def tables(found: dict[str, Any], amount: Amount) -> list[Table]:
     )
     for column in ("", "s", "of the floor"):
         epoch.add_column(column, justify="left" if not column else "right")
-    titles = {"before": "nnUNetv2_train, before", "federated": "federated", "after": "nnUNetv2_train, after"}
-    for key, title in titles.items():
-        value = statistics.median(found["epoch"][key][1:])
+    for number, run in enumerate(found["epoch"]["plain"]):
+        epoch.add_row("nnUNetv2_train", f"{later([run]):.2f}", f"{later([run]) / floor:.3f}")
+        for beside in found["epoch"]["federated"][number : number + 1]:
+            epoch.add_row("federated", f"{later([beside]):.2f}", f"{later([beside]) / floor:.3f}")
+    for title, value in (("all nnUNetv2_train", floor), ("all federated", later(found["epoch"]["federated"]))):
         epoch.add_row(title, f"{value:.2f}", f"{value / floor:.3f}")
     cost = Table(title="what a round costs besides, s (median of the later rounds)")
     for column in (*besides, "together", "in % of the round"):
         cost.add_column(column, justify="right")
     spent = sum(besides.values())
-    whole = statistics.median(row["total"] for row in found["rounds"][1:])
+    whole = statistics.median(row["total"] for run in found["rounds"] for row in run[1:])
     cost.add_row(*(f"{value:.2f}" for value in besides.values()), f"{spent:.2f}", f"{100 * spent / whole:.1f}")
     start = Table(title="starting, s")
     for title in ("", "s"):
@@ -247,6 +278,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=250)
     parser.add_argument("--validation-iterations", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=1, help="Federated studies, each between two plain runs.")
     parser.add_argument("--poll", type=float, default=SiteOptions.poll)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -256,7 +288,7 @@ def main() -> None:
     options = replace(SiteOptions.for_device(arguments.device, 1), poll=arguments.poll)
     if arguments.device == "cpu":
         options = replace(options, threads=arguments.threads)
-    found = measure(arguments.network, amount, options)
+    found = measure(arguments.network, amount, options, repeats=arguments.repeats)
     for table in tables(found, amount):
         Console(width=110).print(table)
     if arguments.output:

@@ -9,19 +9,22 @@ Rules:
 - What the next start makes anew is left out: the SuperLink's database (what is on its way, who is connected), logs,
   caches, locks, files that are just being written.
 - The archive is a plain tar with the state folder's name at its root. It holds the authority's private keys: mode 0600.
+  It is written in one pass, so that it can also leave a container through a pipe; one that was cut off has no end, and
+  tar says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from federation import files
 from federation.errors import Code, FednnunetError
@@ -57,23 +60,42 @@ def write(state: Path, output: Path) -> Backup:
     FednnunetError
         FNU-113 no state, FNU-129 the output is there, FNU-132 rounds end faster than they are linked, FNU-702.
     """
+    if output.exists():
+        raise FednnunetError(Code.OUTPUT_EXISTS, str(output))
+    with files.disk_errors(output), files.replacing(output) as temporary:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+            return stream_to(state, stream)
+
+
+def stream_to(state: Path, stream: IO[bytes]) -> Backup:
+    """Archive a state folder into a stream that need not be a file; raises FNU-113, FNU-132."""
     if not (state / "authority").is_dir():
         raise FednnunetError(
             Code.STATE_NOT_READY, f"{state} holds no authority; name the folder of `fednnunet federation init`"
         )
-    if output.exists():
-        raise FednnunetError(Code.OUTPUT_EXISTS, str(output))
     moment = state / FOLDER
-    with files.locked(state / f"{FOLDER}.lock"), files.disk_errors(output):
+    with files.locked(state / f"{FOLDER}.lock"):
         shutil.rmtree(moment, ignore_errors=True)  # of one that was killed
         try:
-            sizes = _take(state, moment)
-            with files.replacing(output) as temporary:
-                with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
-                    _archive(moment, sizes, state.name, stream)
-            return Backup(len(sizes), sum(sizes.values()), files.sha256_of(output))
+            with files.disk_errors(state):
+                sizes = _take(state, moment)
+            hashed = _Hashed(stream)
+            _archive(moment, sizes, state.name, hashed)
+            return Backup(len(sizes), sum(sizes.values()), hashed.digest.hexdigest())
         finally:
             shutil.rmtree(moment, ignore_errors=True)
+
+
+class _Hashed:
+    """A stream that is written, and the SHA-256 of what went into it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write."""
+        self.digest.update(data)
+        return self._stream.write(data)
 
 
 def _take(state: Path, moment: Path) -> dict[Path, int]:
@@ -113,11 +135,14 @@ def _lets_go(journal: Path, length: int) -> bool:
 
 
 def _link(source: Path, target: Path, skipped: tuple[str, ...] = ()) -> dict[Path, int]:
-    """Link a folder's files below `target`, without names that begin as `skipped` and what vanishes meanwhile."""
+    """Link a folder's files below `target`, without names that begin as `skipped` and what vanishes meanwhile.
+
+    Of a Secret that Kubernetes mounts, the names that it shows, not the folders (`..data`) that they point to.
+    """
     sizes: dict[Path, int] = {}
     _like(source, target)
     for path in sorted(source.iterdir()):
-        if _unfinished(path) or path.name.startswith(skipped):
+        if _unfinished(path) or path.name.startswith(("..", *skipped)):
             continue
         with contextlib.suppress(FileNotFoundError):
             if path.is_dir():
@@ -148,9 +173,9 @@ def _unfinished(path: Path) -> bool:
     return any(path.match(pattern) for pattern in files.UNFINISHED)
 
 
-def _archive(moment: Path, sizes: dict[Path, int], name: str, stream: IO[bytes]) -> None:
+def _archive(moment: Path, sizes: dict[Path, int], name: str, stream: Any) -> None:
     """Write the linked files as a tar whose root is `name`."""
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         archive.add(moment, name, recursive=False)
         for path in sorted(moment.rglob("*")):
             member = f"{name}/{path.relative_to(moment)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -113,13 +114,20 @@ def health(
 @app.command()
 def backup(
     state: State,
-    output: Annotated[Path, typer.Option(help="The archive to write, a tar; it must not be there yet.")],
+    output: Annotated[
+        Path, typer.Option(allow_dash=True, help="The tar to write, which must not be there yet; - is the output here.")
+    ],
 ) -> None:
     """Archive the state as it is at this moment, while studies run. Keep it safe: it holds the authority's keys."""
     from orchestrator import backup as backups
 
-    written = backups.write(state.resolve(), output)
-    typer.echo(f"backup: {output}, {written.number} files, {written.size / 1e6:.1f} MB, sha256 {written.sha256}")
+    piped = str(output) == "-"
+    if piped and sys.stdout.isatty():
+        raise typer.BadParameter("an archive does not go to a terminal: add > FILE", param_hint="--output")
+    written = backups.stream_to(state.resolve(), sys.stdout.buffer) if piped else backups.write(state.resolve(), output)
+    typer.echo(
+        f"backup: {output}, {written.number} files, {written.size / 1e6:.1f} MB, sha256 {written.sha256}", err=piped
+    )
 
 
 @app.command()

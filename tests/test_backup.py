@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import command, good, refused
+from commands import REPOSITORY, command, good, refused
 
 from federation import audit
 from federation.errors import Code, FednnunetError
@@ -61,6 +63,10 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_of(folder)}
+
+
 def test_what_the_next_start_makes_anew_is_left_out_and_the_rest_is_the_same(state: Path, tmp_path: Path) -> None:
     output = tmp_path / "b.tar"
     said = good(command(ORCHESTRATOR, "backup", "--state", state, "--output", output, cwd=tmp_path)).out
@@ -81,6 +87,34 @@ def test_what_the_next_start_makes_anew_is_left_out_and_the_rest_is_the_same(sta
     assert hashlib.sha256(output.read_bytes()).hexdigest() in said
     assert "5 files" in said
     assert not (state / backup.FOLDER).exists()
+
+
+def test_through_a_pipe_it_is_the_same_archive_and_what_is_said_goes_beside_it(state: Path, tmp_path: Path) -> None:
+    output, piped = tmp_path / "b.tar", tmp_path / "piped.tar"
+    backup.write(state, output)
+    arguments = [sys.executable, "-m", ORCHESTRATOR, "backup", "--state", str(state), "--output", "-"]
+    with open(piped, "wb") as stream:
+        done = subprocess.run(arguments, stdout=stream, stderr=subprocess.PIPE, cwd=REPOSITORY, check=True, timeout=120)
+    assert hashlib.sha256(piped.read_bytes()).hexdigest() in done.stderr.decode()
+    assert contents(extracted(piped, tmp_path / "1")) == contents(extracted(output, tmp_path / "2"))
+    assert not (state / backup.FOLDER).exists()
+
+
+def test_a_secret_that_kubernetes_mounts_is_in_it_once(state: Path, tmp_path: Path) -> None:
+    """A folder of this version, a link `..data` to it, and each name a link through that."""
+    authority = state / "authority"
+    hidden = authority / "..2026_11_26"
+    hidden.mkdir()
+    for path in list(authority.iterdir()):
+        if path.is_file():
+            path.rename(hidden / path.name)
+            path.symlink_to(f"..data/{path.name}")
+    (authority / "..data").symlink_to(hidden.name)
+    backup.write(state, tmp_path / "b.tar")
+    copy = extracted(tmp_path / "b.tar", tmp_path / "copy")
+    assert {name for name in files_of(copy) if name.startswith("authority")} == {"authority/ca.key"}
+    assert not (copy / "authority/ca.key").is_symlink()
+    assert (copy / "authority/ca.key").read_text(encoding="utf-8") == "private"
 
 
 def test_an_output_that_is_there_and_a_folder_that_is_no_state_are_refused(state: Path, tmp_path: Path) -> None:

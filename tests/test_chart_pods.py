@@ -6,8 +6,10 @@ Simulated: the kubelet (tests/kubelet.py). Needs a Docker engine, the images of 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,10 @@ def test_with_secrets_of_federation_init_the_orchestrator_tests_itself_and_a_hos
         coordinator("fednnunet", "site", "approve", f"/state/{request.name}", "--state", "/state", "--yes")
         node.ready("north")
         wait_for(lambda: "\tonline\t" in coordinator("fednnunet", "site", "list", "--state", "/state"), 90, "online")
+        saved = coordinator("orchestrator", "backup", "--state", "/state", "--output", "-").encode()
+        with tarfile.open(fileobj=io.BytesIO(saved)) as archive:
+            assert {"state/authority/ca.crt", "state/authority/control.token"} <= set(archive.getnames())
+            assert any(name.startswith("state/sites/north") for name in archive.getnames())
         worker, link = (node.execute("north", role, "ls", "/config", "/state").stdout for role in ("worker", "link"))
         assert "site.key" in link
         assert "site.key" not in worker

@@ -42,6 +42,7 @@ from federation.flower import lean, objects, state
 from federation.flower.held import Held
 from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
+from federation.processes import settle
 
 log = logging.getLogger("fednnunet.superlink")
 
@@ -221,6 +222,7 @@ def serve(
         await asyncio.gather(inner.serve(), outer.serve())
         renewing.cancel()
 
+    settle()
     uvloop.run(both())
 
 
