@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import functools
+import hashlib
 import itertools
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+from sqlalchemy import text
 
 from federation.flower import state, supernode
 from federation.flower.objects import SMALL, FileObjectStore
@@ -112,6 +116,98 @@ def test_it_answers_as_flowers_own_and_keeps_large_parts_in_files(
     assert len(store) == 0
 
 
+def rows(each: SqlObjectStore) -> list[list[tuple[Any, ...]]]:
+    """Everything that a store's database holds."""
+    statements = (
+        "SELECT object_id, is_available, ref_count FROM objects",
+        "SELECT parent_id, child_id FROM object_children",
+        "SELECT run_id, object_id FROM run_objects",
+    )
+    with each.session() as session:
+        return [sorted(map(tuple, session.execute(text(statement)))) for statement in statements]
+
+
+def nested(tree: ObjectTree) -> Any:
+    return tree.object_id, sorted(nested(child) for child in tree.children)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_its_database_is_that_of_flowers_own_after_any_messages(
+    store: FileObjectStore, tmp_path: Path, seed: int
+) -> None:
+    """Messages by chance, with parts in common, announced, fetched and removed in any order."""
+    chance = random.Random(seed)
+    own = SqlObjectStore(str(tmp_path / "own.db"), verify=False)
+    own.initialize()
+    store._verify = False  # what the parts are does not matter here
+    trees: list[ObjectTree] = []
+    for number in range(12):
+        name = hashlib.sha256(bytes([number])).hexdigest()
+        trees.append(ObjectTree(object_id=name, children=chance.sample(trees, chance.randint(0, min(3, len(trees))))))
+    for _ in range(40):
+        tree, run = chance.choice(trees), chance.choice([1, 2**64 - 1])
+        match chance.randrange(4):
+            case 0 | 1:
+                assert set(store.preregister(run, tree)) == set(own.preregister(run, tree))
+            case 2:
+                for each in (store, own):
+                    each.delete(tree.object_id)
+            case _:
+                for each in (store, own):
+                    with contextlib.suppress(NoObjectInStoreError):
+                        each.put(tree.object_id, b"x")
+        assert rows(store) == rows(own)
+        for tree in trees:
+            try:
+                expected = nested(own.get_object_tree(tree.object_id))
+            except NoObjectInStoreError:
+                with pytest.raises(NoObjectInStoreError):
+                    store.get_object_tree(tree.object_id)
+            else:
+                assert nested(store.get_object_tree(tree.object_id)) == expected
+    for run in (1, 2**64 - 1):
+        for each in (store, own):
+            each.delete_objects_in_run(run)
+    assert rows(store) == rows(own)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        ObjectTree(object_id="0" * 63),
+        ObjectTree(object_id="0" * 64, children=[ObjectTree(object_id="1" * 64)] * 2),
+        ObjectTree(
+            object_id="0" * 64,
+            children=[
+                ObjectTree(object_id="1" * 64),
+                ObjectTree(
+                    object_id="2" * 64,
+                    children=[ObjectTree(object_id="1" * 64, children=[ObjectTree(object_id="3" * 64)])],
+                ),
+            ],
+        ),
+        ObjectTree(object_id="4" * 64, children=[ObjectTree(object_id="5" * 64)]),
+    ],
+    ids=[
+        "no hash",
+        "the same child twice",
+        "one name for two objects",
+        "known with other children",
+    ],
+)
+def test_a_message_that_contradicts_itself_or_what_is_known_is_refused_whole(
+    store: FileObjectStore, tmp_path: Path, tree: ObjectTree
+) -> None:
+    own = SqlObjectStore(str(tmp_path / "own.db"))
+    own.initialize()
+    for each in (store, own):
+        each.preregister(1, ObjectTree(object_id="4" * 64))
+        before = rows(each)
+        with pytest.raises(ValueError, match=r"[Oo]bject"):
+            each.preregister(1, tree)
+        assert rows(each) == before
+
+
 def test_a_part_nobody_has_announced_leaves_no_file(store: FileObjectStore, database: str, weights: Path) -> None:
     _, made = parts(weights)
     name, part = max(made.items(), key=lambda pair: len(pair[1]))
@@ -133,6 +229,26 @@ def test_a_file_that_is_lost_or_cut_short_is_a_part_that_is_gone(
     assert store.get(name) is None
     store.delete_objects_in_run(1)
     assert files_of(database) == {}
+
+
+def test_a_lost_part_is_asked_for_again_of_whoever_sends_another_message_with_it(
+    store: FileObjectStore, database: str, weights: Path
+) -> None:
+    """The weights of a round are in the messages to all sites: the one of another site keeps their rows."""
+    tree, made = parts(weights)
+    store.preregister(1, tree)
+    for name, part in made.items():
+        store.put(name, part)
+    lost = next(iter(files_of(database)))
+    (Path(f"{database}-objects") / lost).unlink()
+    other, again = parts(weights, "another body")
+    missing = set(store.preregister(1, other))
+    assert lost in missing
+    assert missing & set(made) == {lost}
+    assert store.get(lost) == b"", "announced, and not there yet"
+    for name in missing:
+        store.put(name, again[name])
+    assert {name: store.get(name) for name in made} == made
 
 
 def test_a_start_keeps_what_is_on_its_way_and_takes_away_what_no_row_speaks_of(

@@ -142,6 +142,20 @@ class _Server(uvicorn.Server):
         yield
 
 
+def application(files: SuperLinkFiles, control: Listener) -> tuple[Any, Any]:
+    """Flower's configuration and its HTTP application, as its own command would make them."""
+    sys.argv = [
+        "flower-superlink",
+        *("--ssl-ca-certfile", str(files.ca), "--ssl-certfile", str(files.certificate)),
+        *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
+        *("--host", control.host, "--port", str(control.port), "--database", str(files.database)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
+    ]
+    config = _cli._parse_superlink_lifespan_config()
+    update_console_handler(level="WARNING", timestamps=True, colored=False)
+    return config, create_app(config, _cli.SuperLinkLifespan)
+
+
 def serve(
     files: SuperLinkFiles,
     fleet: Listener,
@@ -168,19 +182,10 @@ def serve(
     """
     lease: Any = corestate  # the module's constants are integers by type, any number by use
     lease.HEARTBEAT_PATIENCE = task_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
-    sys.argv = [
-        "flower-superlink",
-        *("--ssl-ca-certfile", str(files.ca), "--ssl-certfile", str(files.certificate)),
-        *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
-        *("--host", control.host, "--port", str(control.port), "--database", str(files.database)),
-        *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
-    ]
     open_many_files()
     state.use()
     objects.use()
-    config = _cli._parse_superlink_lifespan_config()
-    update_console_handler(level="WARNING", timestamps=True, colored=False)
-    app = create_app(config, _cli.SuperLinkLifespan)
+    config, app = application(files, control)
     lean.slim(app, event_logs=config.event_log_plugin is not None)
     held = Held(app)
     state.tell(held.sent)
