@@ -36,6 +36,7 @@ from appliance.worker import dataset
 from appliance.worker.workspace import Control, Interrupted, Workspace
 from federation import files, logs, tasks, weights
 from federation.errors import Code, FednnunetError
+from federation.processes import settle
 
 if TYPE_CHECKING:
     from appliance.worker.training import FoldTrainer
@@ -381,6 +382,8 @@ class Worker:
             self.status.task(None, "loading nnU-Net")
             from appliance.worker import training, validation  # noqa: F401
 
+            if self.trainer is None:  # a trainer must be found again when it is thrown away
+                settle()
             self.status.task(None, "waiting")
         elif self.spool.take_release():
             self.next = None
