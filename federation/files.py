@@ -116,13 +116,19 @@ def write_new(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time: wait for a lock file, hold it for the block; a process that dies gives it back."""
+def locked(path: Path, busy: FednnunetError | None = None) -> Iterator[None]:
+    """One process at a time: wait for a lock file, hold it for the block; a process that dies gives it back.
+
+    With `busy` nobody waits: that is raised where another process holds it.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise busy or AssertionError from None
         yield
     finally:
         os.close(descriptor)

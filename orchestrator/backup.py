@@ -9,8 +9,8 @@ Rules:
 - What the next start makes anew is left out: the SuperLink's database (what is on its way, who is connected), logs,
   caches, locks, files that are just being written.
 - The archive is a plain tar with the state folder's name at its root. It holds the authority's private keys: mode 0600.
-  It is written in one pass, so that it can also leave a container through a pipe; one that was cut off has no end, and
-  tar says so.
+  It is written in one pass, so that it can also leave a container through a pipe. Whether one that came through a pipe
+  is whole, the exit status says, not the archive: tar takes one that was cut off between two files.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def write(state: Path, output: Path) -> Backup:
     Raises
     ------
     FednnunetError
-        FNU-113 no state, FNU-129 the output is there, FNU-132 rounds end faster than they are linked, FNU-702.
+        FNU-113 no state, FNU-129 the output is there, FNU-132 rounds end faster than they are linked, FNU-702, FNU-705
+        another backup of this state is under way.
     """
+    _check(state)
     if output.exists():
         raise FednnunetError(Code.OUTPUT_EXISTS, str(output))
     with files.disk_errors(output), files.replacing(output) as temporary:
@@ -68,22 +70,27 @@ def write(state: Path, output: Path) -> Backup:
 
 
 def stream_to(state: Path, stream: IO[bytes]) -> Backup:
-    """Archive a state folder into a stream that need not be a file; raises FNU-113, FNU-132."""
-    if not (state / "authority").is_dir():
-        raise FednnunetError(
-            Code.STATE_NOT_READY, f"{state} holds no authority; name the folder of `fednnunet federation init`"
-        )
+    """Archive a state folder into a stream that need not be a file; raises FNU-113, FNU-132, FNU-705."""
+    _check(state)
     moment = state / FOLDER
-    with files.locked(state / f"{FOLDER}.lock"):
+    with files.locked(state / f"{FOLDER}.lock", FednnunetError(Code.ALREADY_RUNNING, f"{state}: another backup")):
         shutil.rmtree(moment, ignore_errors=True)  # of one that was killed
         try:
             with files.disk_errors(state):
                 sizes = _take(state, moment)
             hashed = _Hashed(stream)
             _archive(moment, sizes, state.name, hashed)
+            stream.flush()
             return Backup(len(sizes), sum(sizes.values()), hashed.digest.hexdigest())
         finally:
             shutil.rmtree(moment, ignore_errors=True)
+
+
+def _check(state: Path) -> None:
+    if not (state / "authority").is_dir():
+        raise FednnunetError(
+            Code.STATE_NOT_READY, f"{state} holds no authority; name the folder of `fednnunet federation init`"
+        )
 
 
 class _Hashed:
@@ -161,7 +168,7 @@ def _like(source: Path, target: Path) -> None:
 def _same(path: Path, target: Path) -> int:
     """Link a file, or copy it where it lies in another file system (a mounted Secret); its bytes at this moment."""
     try:
-        os.link(path, target, follow_symlinks=True)
+        os.link(path.resolve(strict=True), target)  # os.link itself follows no link on Linux
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM):
             raise

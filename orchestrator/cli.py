@@ -122,8 +122,8 @@ def backup(
     from orchestrator import backup as backups
 
     piped = str(output) == "-"
-    if piped and sys.stdout.isatty():
-        raise typer.BadParameter("an archive does not go to a terminal: add > FILE", param_hint="--output")
+    if piped and (sys.stdout is None or sys.stdout.isatty()):
+        raise typer.BadParameter("an archive needs a file or a pipe: add > FILE", param_hint="--output")
     written = backups.stream_to(state.resolve(), sys.stdout.buffer) if piped else backups.write(state.resolve(), output)
     typer.echo(
         f"backup: {output}, {written.number} files, {written.size / 1e6:.1f} MB, sha256 {written.sha256}", err=piped

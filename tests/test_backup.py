@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, command, good, refused
+from commands import REPOSITORY, command, good, refused, wait_for
 
 from federation import audit
 from federation.errors import Code, FednnunetError
@@ -115,6 +115,22 @@ def test_a_secret_that_kubernetes_mounts_is_in_it_once(state: Path, tmp_path: Pa
     assert {name for name in files_of(copy) if name.startswith("authority")} == {"authority/ca.key"}
     assert not (copy / "authority/ca.key").is_symlink()
     assert (copy / "authority/ca.key").read_text(encoding="utf-8") == "private"
+
+
+def test_one_backup_at_a_time_and_a_state_that_is_none_leaves_nothing(state: Path, tmp_path: Path) -> None:
+    """Whoever reads a pipe may stop reading, and must not hold up the others without a word."""
+    reading, writing = os.pipe()
+    arguments = [sys.executable, "-m", ORCHESTRATOR, "backup", "--state", str(state), "--output", "-"]
+    (state / "studies/s/large").write_bytes(os.urandom(2_000_000))
+    with subprocess.Popen(arguments, stdout=writing, cwd=REPOSITORY) as stuck:
+        os.close(writing)
+        wait_for(lambda: (state / backup.FOLDER / "studies/s/large").exists(), 60, "the first is under way")
+        refused(command(ORCHESTRATOR, "backup", "--state", state, "--output", tmp_path / "b.tar", cwd=tmp_path), 705)
+        os.close(reading)
+        assert stuck.wait(60) != 0, "its reader has gone"
+    assert not (state / backup.FOLDER).exists()
+    refused(command(ORCHESTRATOR, "backup", "--state", tmp_path, "--output", tmp_path / "x/c.tar", cwd=tmp_path), 113)
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_output_that_is_there_and_a_folder_that_is_no_state_are_refused(state: Path, tmp_path: Path) -> None:
