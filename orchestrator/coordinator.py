@@ -282,6 +282,7 @@ class Conductor:
                 sha256=files.sha256_of(path),
                 shared={site: [layers.shared(site), layers.totals[site]] for site in self.study.sites},
                 common=layers.common,
+                cases={site: answer.training_cases for site, answer in prepared.items()},
                 first={site: file.name for site, file in files_of.items()},
                 plans_name=plan.plans["plans_name"] if plan else next(iter(networks.values())).plans_name,
             )

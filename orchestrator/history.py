@@ -83,7 +83,7 @@ class SiteHistory:
     epochs : list of Epoch
         What it has trained.
     cases : dict
-        Training cases by fold, as they counted.
+        Training cases by fold, as the site declared them when it prepared: what its update counts.
     scores : dict
         Its answer to Validate (federation.tasks.Validation) by fold.
     comparisons : dict
@@ -119,6 +119,22 @@ class Round:
     participants: list[str]
     missing: dict[str, str]
     seconds: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A site that was missing in half of the rounds or more, and its part of all training cases where that is known."""
+
+    site: str
+    missed: int
+    rounds: int
+    share: float | None
+
+    @property
+    def text(self) -> str:
+        """What it means, for people."""
+        cases = f", which has {self.share:.0%} of the training cases," if self.share is not None else ""
+        return f"{self.site}{cases} had no part in {self.missed} of {self.rounds} rounds: the model is the others'."
 
 
 @dataclass(frozen=True)
@@ -197,6 +213,8 @@ class History:
                 self.plans_sha256 = line["plans_sha256"]
             case "layers":
                 self.layers = line
+                for name, cases in line.get("cases", {}).items():
+                    self.sites[name].cases = dict(cases)
             case "closed":
                 self._closed(line)
             case "step":
@@ -276,6 +294,18 @@ class History:
     def all_rounds(self) -> int:
         """Rounds of the whole study."""
         return self.study.rounds * len(self.study.folds)
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Sites without which half of the rounds or more went on, those with the most cases first."""
+        cases = {name: sum(site.cases.values()) for name, site in self.sites.items()}
+        total = sum(cases.values()) if all(cases.values()) else 0
+        found = [
+            LeftOut(name, site.missed, len(self.rounds), cases[name] / total if total else None)
+            for name, site in self.sites.items()
+            if site.missed and 2 * site.missed >= len(self.rounds)
+        ]
+        return sorted(found, key=lambda one: -(one.share or 0.0))
 
     @property
     def standing(self) -> str:

@@ -89,6 +89,7 @@ def _short(history: History) -> list[Any]:
     incomplete = [one for one in history.rounds if one.missing]
     if incomplete:
         parts.append(Text(f"{len(incomplete)} of {len(history.rounds)} rounds went on without some site.", "warn"))
+    parts += [Text(one.text, "warn") for one in history.left_out]
     refused = sum(sum(site.refused.values()) for site in history.sites.values())
     if refused:
         parts.append(Text(f"Answers refused, which lie in quarantine: {refused}.", "warn"))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import html
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import phantom_study
 from in_process import Federation, Outcome, predict
+from rich.console import Console
 
 from federation import files
 from federation.errors import Code, FednnunetError
 from federation.study import parse
 from federation.tasks import Kind, Task
+from orchestrator.admin.phantom import TINY_SITES, make_phantom_sites
+from orchestrator.admin.progress import print_end
+from orchestrator.history import load
+from orchestrator.report import write
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +75,27 @@ def test_a_round_goes_on_without_a_silent_site_where_the_quorum_allows(federatio
     assert first["participants"] == ["hospital_a", "hospital_c"]
     assert first["missing"] == {"hospital_b": "no answer (simulated)"}
     assert second["participants"] == SITES
+
+
+def test_the_site_with_the_most_cases_that_is_always_late_is_told_of_wherever_the_study_is(
+    tmp_path: Path, tiny_phantom_sites: dict[str, Path]
+) -> None:
+    """With a quorum each round goes on without it: the model must not look like everybody's."""
+    large = make_phantom_sites(tmp_path / "large", {"hospital_c": replace(TINY_SITES["hospital_c"], training_cases=8)})
+    federation = Federation(tmp_path / "federation", {**tiny_phantom_sites, **large})
+    study = parse(phantom_study(SITES, iterations_per_epoch=1, validation_iterations_per_epoch=1, quorum=2))
+    outcome = federation.run(study, lambda site, task: site == "hospital_c" and task.kind is Kind.TRAIN)
+    assert [line["participants"] for line in outcome.events("closed")] == [["hospital_a", "hospital_b"]] * 2
+    history = load(outcome.folder)
+    (one,) = history.left_out
+    cases = {site: sum(found.cases.values()) for site, found in history.sites.items()}
+    assert cases["hospital_c"] == 8
+    assert (one.site, one.missed, one.rounds) == ("hospital_c", 2, 2)
+    assert one.share == pytest.approx(8 / sum(cases.values()))
+    said = io.StringIO()
+    print_end(Console(file=said, width=200), history, outcome.folder)
+    for text in (said.getvalue(), write(outcome.folder, tmp_path / "report.html").read_text()):
+        assert one.text in html.unescape(text)
 
 
 def test_without_the_quorum_the_study_fails(federation: Federation) -> None:

@@ -228,6 +228,8 @@ def print_end(console: Console, history: History, folder: Path) -> None:
     """What a person wants to know when a study has ended well."""
     if history.exported is None:
         return
+    for one in history.left_out:
+        console.print(f"[yellow]left out:[/yellow] {escape(one.text)}", soft_wrap=True)
     for fold, entry in history.exported["validation"].items():
         console.print(scores_table(history.study, fold, entry["sites"]))
         for site, why in entry["missing"].items():
