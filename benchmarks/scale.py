@@ -139,6 +139,8 @@ def measure(count: int, network: str, rounds: int, poll: float) -> dict[str, Any
                 watch.stop()
                 for one in sites:
                     one.stop()
+                for one in sites:
+                    one.join(30)
             stays, peaks = used(orchestrator.orchestrator), memory(orchestrator)
         if history.ended != "done":
             raise SystemExit(f"{count} sites: {history.ended}: {history.reason}")

@@ -60,8 +60,8 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
 def settle() -> None:
     """Keep what is loaded out of garbage collection from here on: it is there until the process ends.
 
-    Python looks through everything that is left each time that a quarter of it is new; modules, models of a database
-    and a web application are a million objects, and were three tenths of what a busy SuperLink did.
+    Python looks through everything that is left each time that a quarter of it is new; for a web application and its
+    database models that was three tenths of what a busy SuperLink did (docs/explanation/scaling.md).
     """
     gc.collect()
     gc.freeze()

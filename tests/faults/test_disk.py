@@ -18,7 +18,7 @@ from federation.errors import Code, FednnunetError
 from federation.study import Study
 from orchestrator.admin.simulate import Simulation
 
-pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(6000)]
 
 
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
