@@ -24,6 +24,13 @@ FOLDER = os.environ.get("FAULTS_CRASH", "")
 DISK = os.environ.get("FAULTS_DISK", "")
 SHARE = int(os.environ.get("FAULTS_SHARE", "1"))
 OWN = os.getpid()
+BY_CHANCE = {
+    r"[0-9a-f]{16,}": "ID",
+    r"(writing|retired|attempt)-\d+": r"\1",
+    r"(^|/)(\.\w+)-[a-z0-9_]{8}(?=/|$)": r"\1\2",  # a temporary folder
+    r"(training_log)_[\d_]+": r"\1",
+}
+"""Parts of a path that are others in every run or attempt: with them a study would meet new faults for ever."""
 
 
 def role() -> str:
@@ -65,7 +72,9 @@ def pass_or_die(label: str) -> None:
 def plain(path: str) -> str:
     """A path as it is in every run: no folder of the test, no id of a study, nothing by chance."""
     short = path.partition("/state/")[2] or os.path.basename(path)
-    return re.sub(r"(writing|retired)-\d+", r"\1", re.sub(r"[0-9a-f]{16,}", "ID", short))
+    for pattern, instead in BY_CHANCE.items():
+        short = re.sub(pattern, instead, short)
+    return short
 
 
 def hook(event: str, arguments: tuple[object, ...]) -> None:
