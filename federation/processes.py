@@ -5,7 +5,8 @@ Rules:
 - Each child leads a session of its own; what it leaves behind when it dies (data loaders, say) is killed with it.
 - A child that dies is started again after a pause that grows; one that dies at once, again and again, is FNU-703, or
   the numbered error that it printed last.
-- The children end with their parent, also when the parent is killed: each asks the kernel for it (`end_with_parent`).
+- The children end with their parent, also when the parent is killed: each asks the kernel for it (`end_with_parent`),
+  and is told who its parent is, which may be gone before it can ask.
 - A supervisor says how its children are in `status.json` beside its lock, and that it still looks by the file's time;
   `federation.health` reads that. It shows what they log, where it has a screen.
 - Their caches lie below the state too, and their temporary files where there is no other place: nothing else of a
@@ -48,10 +49,18 @@ HEARTBEAT = 5.0  # seconds between two signs of life of a supervisor
 STATUS = "status.json"
 
 
+_PARENT = "_FEDNNUNET_PARENT"
+
+
+def told_parent() -> dict[str, str]:
+    """What a child of this process needs in its environment for `end_with_parent`."""
+    return {_PARENT: str(os.getpid())}
+
+
 def end_with_parent(number: int = signal.SIGTERM) -> None:
     """Ask the kernel for a signal at the death of the parent (Linux; elsewhere nothing happens)."""
     if sys.platform.startswith("linux"):
-        parent = os.getppid()
+        parent = int(os.environ.pop(_PARENT, os.getppid()))
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != parent:
             os.kill(os.getpid(), number)
@@ -203,7 +212,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **told_parent(), **self.environment},
                 start_new_session=True,
             )
         self.started = time.monotonic()

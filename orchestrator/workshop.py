@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from federation.processes import end_with_parent
+from federation.processes import end_with_parent, told_parent
 
 IDLE = 120.0
 """Seconds without a job after which the child ends; starting it again costs about 6 s of one core."""
@@ -54,6 +54,7 @@ class Workshop:
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env=environment
+            | told_parent()
             | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "nnUNet_compile": "false"}
             | {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_wandb_enabled": "0"},
         )

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from commands import REPOSITORY, wait_for
 
 from federation import health, processes
 from federation.errors import Code, FednnunetError
@@ -47,6 +49,41 @@ def test_healthy_then_silent_then_down_then_gone(tmp_path: Path) -> None:
     assert "down: worker" in refused(tmp_path)
     lock.release()
     assert "no supervisor" in refused(tmp_path)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from federation.processes import end_with_parent
+folder = Path(sys.argv[1])
+(folder / "begun").touch()
+while not (folder / "go").exists():
+    time.sleep(0.01)
+end_with_parent()
+(folder / "lives").touch()
+"""
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from federation.processes import Child
+folder = Path(sys.argv[1])
+Child("child", [sys.executable, "-c", sys.argv[2], str(folder)], folder / "log").start()
+while not (folder / "begun").exists():
+    time.sleep(0.01)
+os._exit(0)
+"""
+
+
+def test_a_child_whose_parent_is_gone_before_it_could_ask_ends_at_once(tmp_path: Path, no_process_left: None) -> None:
+    """It belongs to init by then, and would run for ever."""
+    subprocess.run([sys.executable, "-c", PARENT, tmp_path, CHILD], cwd=REPOSITORY, check=True, timeout=60)
+    (tmp_path / "go").touch()
+    wait_for(lambda: not processes_with(str(tmp_path)), 30, "the child is gone")
+    assert not (tmp_path / "lives").exists()
+
+
+def processes_with(argument: str) -> list[int]:
+    return [one.pid for one in psutil.process_iter(["cmdline"]) if argument in (one.info["cmdline"] or [])]
 
 
 def test_the_start_of_one_role_leaves_the_temporary_files_of_another(
