@@ -68,6 +68,15 @@ def parts(weights: Path | None, body: str = "{}") -> tuple[Any, Parts]:
         return get_object_tree(message), {name: part.deflate() for name, part in objects.items()}
 
 
+def handed_over(store: SqlObjectStore, weights: Path) -> Parts:
+    """A message's parts, all of which lie in a store."""
+    tree, made = parts(weights)
+    store.preregister(1, tree)
+    for name, part in made.items():
+        store.put(name, part)
+    return made
+
+
 @pytest.fixture
 def database(tmp_path: Path) -> str:
     return str(tmp_path / "superlink.db")
@@ -219,10 +228,7 @@ def test_a_part_nobody_has_announced_leaves_no_file(store: FileObjectStore, data
 def test_a_file_that_is_lost_or_cut_short_is_a_part_that_is_gone(
     store: FileObjectStore, database: str, weights: Path, damage: Callable[[Path], None]
 ) -> None:
-    tree, made = parts(weights)
-    store.preregister(1, tree)
-    for name, part in made.items():
-        store.put(name, part)
+    handed_over(store, weights)
     name = next(iter(files_of(database)))
     damage(Path(f"{database}-objects") / name)
     assert store.get(name) is None
@@ -234,10 +240,7 @@ def test_a_lost_part_is_asked_for_again_of_whoever_sends_another_message_with_it
     store: FileObjectStore, database: str, weights: Path
 ) -> None:
     """The weights of a round are in the messages to all sites: the one of another site keeps their rows."""
-    tree, made = parts(weights)
-    store.preregister(1, tree)
-    for name, part in made.items():
-        store.put(name, part)
+    made = handed_over(store, weights)
     lost = next(iter(files_of(database)))
     (Path(f"{database}-objects") / lost).unlink()
     other, again = parts(weights, "another body")
@@ -253,10 +256,7 @@ def test_a_lost_part_is_asked_for_again_of_whoever_sends_another_message_with_it
 def test_a_start_keeps_what_is_on_its_way_and_takes_away_what_no_row_speaks_of(
     store: FileObjectStore, database: str, weights: Path
 ) -> None:
-    tree, made = parts(weights)
-    store.preregister(1, tree)
-    for name, part in made.items():
-        store.put(name, part)
+    made = handed_over(store, weights)
     kept = files_of(database)
     for name in ("1" * 64, f"{'2' * 64}.abcd1234"):
         (Path(f"{database}-objects") / name).write_bytes(b"left by a kill")
