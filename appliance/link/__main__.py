@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from appliance import settings as site_settings
@@ -39,11 +40,12 @@ def main() -> None:
     from appliance.link import clock
     from federation.flower import supernode
 
-    clock.look(settings)
     files = supernode.SuperNodeFiles(
         settings.ca_certificate, settings.site_key, app.runner_secret(settings), settings.state / "link" / "node_id"
     )
-    supernode.run(settings.orchestrator, files, arguments.runtime_port, settings.poll)
+    supernode.run(
+        settings.orchestrator, files, arguments.runtime_port, settings.poll, refused=partial(clock.look, settings)
+    )
 
 
 if __name__ == "__main__":

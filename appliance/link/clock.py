@@ -1,13 +1,8 @@
-"""Says in the log that this machine's clock is off: Flower alone says "401 Unauthorized", as of a wrong key.
-
-Flower's supernode ends when the orchestrator refuses it, and is started again; each start looks at the clock once,
-beside its other work.
-"""
+"""Says in the log that this machine's clock is off: Flower alone says "401 Unauthorized", as of a wrong key."""
 
 from __future__ import annotations
 
 import logging
-import threading
 
 from appliance.doctor import clock
 from appliance.doctor.context import Context
@@ -18,11 +13,7 @@ log = logging.getLogger("fednnunet.link")
 
 
 def look(settings: Settings) -> None:
-    """Compare this machine's clock with the orchestrator's, in a thread that holds up nobody."""
-    threading.Thread(target=_say, args=(settings,), daemon=True).start()
-
-
-def _say(settings: Settings) -> None:
+    """Compare this machine's clock with the orchestrator's, which has just refused a request."""
     for finding in clock.check(Context(settings)):
         if finding.code is Code.CLOCK_OFF:
             error = FednnunetError(Code.CLOCK_OFF, finding.text("found", house=True))

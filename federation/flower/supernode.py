@@ -28,6 +28,7 @@ from typing import Any
 import flwr.supercore.corestate.in_memory_corestate as corestate
 import flwr.supernode.fleet_http_connection as fleet_connection
 import flwr.supernode.start_client_internal as loop
+import httpx
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import update_console_handler
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
@@ -189,7 +190,38 @@ class SuperNodeFiles:
     node_id: Path
 
 
-def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, link_lease: float = 15.0) -> None:
+def _telling(refused: Callable[[], object]) -> type[clients.FleetClient]:
+    """The client of a SuperNode, which calls a function at the first request that is refused with 401.
+
+    Flower's loop ends on that, so that whoever reads the log has to find the reason there: it is looked for before
+    the loop hears of it.
+    """
+    first = threading.Lock()
+
+    class Telling(clients.FleetClient):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._client.event_hooks = {**self._client.event_hooks, "response": [self._heard]}
+
+        @staticmethod
+        def _heard(response: httpx.Response) -> None:
+            if response.status_code == httpx.codes.UNAUTHORIZED and first.acquire(blocking=False):
+                try:
+                    refused()
+                except Exception:
+                    log.exception("why the orchestrator refused a request was not found out")
+
+    return Telling
+
+
+def run(
+    address: str,
+    files: SuperNodeFiles,
+    runtime_port: int,
+    poll: float,
+    link_lease: float = 15.0,
+    refused: Callable[[], object] = lambda: None,
+) -> None:
     """Run a SuperNode until it is ended; never returns.
 
     Parameters
@@ -204,11 +236,13 @@ def run(address: str, files: SuperNodeFiles, runtime_port: int, poll: float, lin
         Seconds between two looks for a message.
     link_lease : float
         Seconds without a heartbeat after which the link counts as gone (it beats every 5 s; Flower's own: 60).
+    refused : callable
+        Called once, when the SuperLink has refused a request (401), before Flower's loop ends on that.
     """
     flower: dict[str, Any] = {"leases": corestate, "fleet": fleet_connection, "loop": loop, "cli": _cli}
     flower["leases"].HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
     flower["fleet"].make_simple_http_retry_invoker = clients.supernode_retry
-    flower["fleet"].FleetHttpClient = clients.FleetClient
+    flower["fleet"].FleetHttpClient = _telling(refused)
     flower["loop"].time = clock = _Clock(poll)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         (function.__kwdefaults__ or {}).update(initial_backoff=0.05, backoff_cap=0.25, max_tries_per_object=None)
