@@ -1,6 +1,7 @@
 """How many sites one orchestrator carries: the real SuperLink and coordinator, light simulated sites, real sizes.
 
     python benchmarks/scale.py [--sites 8 32 128] [--network default|resenc_l|small] [--rounds 2] [--output scale.json]
+        [--keep FOLDER]
 
 Each light site is a thread here that speaks the Fleet API with a key, signatures and TLS of its own and answers at once
 (benchmarks/light_site.py): it trains nothing, so a round is what the orchestrator, the network stack and the disk need.
@@ -94,7 +95,7 @@ def study_of(names: list[str], network: str, rounds: int) -> Study:
     return parse(fields | CT | {"planner": PLANNER[network]})
 
 
-def measure(count: int, network: str, rounds: int, poll: float) -> dict[str, Any]:
+def measure(count: int, network: str, rounds: int, poll: float, keep: Path | None) -> dict[str, Any]:
     """One orchestrator, so many light sites, a whole study."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         here = Path(name)
@@ -134,7 +135,10 @@ def measure(count: int, network: str, rounds: int, poll: float) -> dict[str, Any
                     orchestrator.supervisor.look()  # type: ignore[union-attr]
                     time.sleep(0.2)
             finally:
-                if history.ended != "done":
+                if keep is not None:
+                    shutil.copytree(orchestrator.orchestrator / "logs", keep / str(count), dirs_exist_ok=True)
+                    shutil.copy(orchestrator.study_folder(study) / "journal.jsonl", keep / str(count))
+                elif history.ended != "done":
                     for log in ("superlink", "coordinator"):
                         print((orchestrator.orchestrator / "logs" / f"{log}.log").read_text()[-3000:], file=sys.stderr)
                 watch.stop()
@@ -173,6 +177,7 @@ def main() -> None:
     parser.add_argument("--network", choices=list(MODEL), default="default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--poll", type=float, default=0.5)
+    parser.add_argument("--keep", type=Path, help="a folder for the orchestrator's logs and journals")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -181,7 +186,7 @@ def main() -> None:
         if shutil.disk_usage(tempfile.gettempdir()).free < need + 5e9:
             print(f"{count} sites: left out, {need / 1e9:.0f} GB of disk needed")
             continue
-        rows.append(measure(count, arguments.network, arguments.rounds, arguments.poll))
+        rows.append(measure(count, arguments.network, arguments.rounds, arguments.poll, arguments.keep))
         print(json.dumps(rows[-1]), flush=True)
     table = Table(title=f"{arguments.network} network, {MODEL[arguments.network] / 1e6:.1f} MB of weights each way")
     columns = {

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from federation.flower import clients, impatient
+from federation.flower import clients, impatient, lines
 from federation.processes import free_port
 from orchestrator.enrollment.authority import create
 
@@ -191,4 +191,4 @@ def test_the_kernel_ends_a_sites_connection_whose_other_side_acknowledges_nothin
     monkeypatch.setattr(clients, "_watch", look)
     here = f"http://127.0.0.1:{port}"
     assert clients.FleetClient(here)._client.post(here, content=b"x").content == b"x"
-    assert found == [(1, clients.DEAD_LINE * 1000)]
+    assert found == [(1, lines.DEAD * 1000)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -48,6 +47,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from federation.flower import lines
 from federation.flower.bundle import bundle, bundle_hash
 from federation.patience import HOLD
 
@@ -59,8 +59,6 @@ LOOK = "/v1/fleet/pull-messages"
 """Where a site looks for a message."""
 SLOWEST_LINE = 10_500.0
 """Bytes a second that an upload is given time for: a chunk of 5 MiB is given up before the SuperLink forgets it."""
-DEAD_LINE = 60
-"""Seconds after which a connection ends whose other side acknowledges nothing, or takes nothing."""
 
 
 def _status(error: Exception) -> int | None:
@@ -189,15 +187,7 @@ def _allow_for_the_line(request: httpx.Request) -> None:
 def _watch(event: str, told: dict[str, Any]) -> None:
     """Let the kernel end a new connection that is dead; called by httpcore for each of its steps."""
     if event.endswith("connect_tcp.complete"):
-        connected = told["return_value"].get_extra_info("socket")
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (
-            ("TCP_USER_TIMEOUT", DEAD_LINE * 1000),
-            ("TCP_KEEPIDLE", DEAD_LINE // 2),
-            ("TCP_KEEPINTVL", DEAD_LINE // 6),
-        ):
-            if hasattr(socket, option):  # Linux
-                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        lines.end_when_dead(told["return_value"].get_extra_info("socket"))
 
 
 def fleet_client(address: str, ca: bytes, key: Path, max_time: float | None = None) -> Any:

@@ -2,7 +2,8 @@
 
 uvicorn waits for ever for a request's head and body (its one time limit is for a connection that has been answered), so
 that whoever reaches the port can hold as many connections as the process may open, without a key. Here a head takes
-HEAD seconds at most and a body BODY; the answer may take as long as it does.
+HEAD seconds at most and a body BODY. The answer may take as long as it does; what is sent of it has to be taken within
+BODY.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from federation.flower import lines
+
 HEAD = 20.0
 """Seconds from the connection, or the answer before, to the end of a request's head."""
 BODY = 600.0
-"""Seconds for a request's body: a chunk of 5 MiB at 0.07 Mbit/s."""
+"""Seconds for a body, either way: a chunk of 5 MiB at 0.07 Mbit/s."""
 
 
 class Impatient(HttpToolsProtocol):
     """uvicorn's protocol with an end to its patience."""
 
     _due: asyncio.TimerHandle | None = None
+    _taken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection: its first request is awaited."""
         super().connection_made(transport)
+        lines.end_when_dead(transport.get_extra_info("socket"))
         self._within(HEAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
         self._in_time()
+        self._has_taken()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -49,6 +55,22 @@ class Impatient(HttpToolsProtocol):
         """The body is there."""
         self._in_time()
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """More has been sent than the other side has taken."""
+        super().pause_writing()
+        self._has_taken()
+        self._taken = self.loop.call_later(BODY, self._end)
+
+    def resume_writing(self) -> None:
+        """It has taken it."""
+        self._has_taken()
+        super().resume_writing()
+
+    def _has_taken(self) -> None:
+        if self._taken is not None:
+            self._taken.cancel()
+            self._taken = None
 
     def _within(self, seconds: float) -> None:
         self._in_time()

@@ -9,8 +9,9 @@ they are: whoever reaches the port can run code at every site. So:
   with Flower's secret and task tokens, ``/health``, and a page of ours for people with the same token;
 - everything else is 404, by path, before Flower sees it.
 
-A site's look for a message is held until there is one (federation.flower.held). Connections that send nothing, or
-slowly, are ended (federation.flower.impatient). A new server certificate is taken up while the SuperLink runs:
+A site's look for a message is held until there is one (federation.flower.held). What hospitals send and fetch takes a
+bounded part of the memory (federation.flower.room). Connections that send nothing, or slowly, are ended
+(federation.flower.impatient). A new server certificate is taken up while the SuperLink runs:
 connections that are open go on.
 """
 
@@ -42,6 +43,7 @@ from federation.flower import lean, objects, state
 from federation.flower.held import Held
 from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
+from federation.flower.room import Room
 from federation.processes import settle
 
 log = logging.getLogger("fednnunet.superlink")
@@ -187,7 +189,7 @@ def serve(
     objects.use()
     config, app = application(files, control)
     lean.slim(app, event_logs=config.event_log_plugin is not None)
-    held = Held(app)
+    held = Held(Room(app, app))
     state.tell(held.sent)
     token = hashlib.sha256(files.token.read_bytes().strip()).digest()
     common: dict[str, Any] = {

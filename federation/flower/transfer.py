@@ -54,6 +54,8 @@ STYPE = "safetensors"
 MAX_BODY = 64 * 2**20
 _AT_A_TIME = 2
 _HASHED_AT_A_TIME = 4
+_FETCHES = threading.BoundedSemaphore(8)
+"""Parts that one process fetches at a time, of all messages: each is in memory several times then."""
 PATIENCE = 0.05
 """A look for a chunk that is still being uploaded comes late by at most this share of what has been waited for it."""
 TRIES = 4
@@ -242,13 +244,14 @@ class Transfer:
         def fetch(object_id: str) -> bytes:
             began = time.monotonic()
             while True:
-                answer = self._client.PullObject(
-                    PullObjectRequest(node=self._node, run_id=self._run_id, object_id=object_id)
-                )
+                with _FETCHES:
+                    answer = self._client.PullObject(
+                        PullObjectRequest(node=self._node, run_id=self._run_id, object_id=object_id)
+                    )
+                    got: bytes = answer.object_content
                 if not answer.object_found:
                     raise Unavailable(f"object {object_id[:12]} is gone")
                 if answer.object_available:
-                    got: bytes = answer.object_content
                     if hashlib.sha256(got).hexdigest() != object_id:
                         raise FednnunetError(Code.WEIGHTS_DAMAGED, "a chunk is not what its name says")
                     return got
