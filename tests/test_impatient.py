@@ -110,6 +110,19 @@ def test_a_slow_body_and_a_slow_answer_are_waited_for_and_the_connection_stays(p
             assert answer(held).startswith(b"HTTP/1.1 200")
 
 
+def test_an_answer_that_is_not_taken_is_not_kept(port: int) -> None:
+    size = 32 * 2**20  # more than the operating system's buffers hold
+    with connection(port) as held:
+        held.sendall(REQUEST.replace(b" 4", b" %d" % size))
+        held.sendall(bytes(size))
+        time.sleep(1.0 + 1.5 + 1.5)
+        taken = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := held.recv(2**20):
+                taken += len(piece)
+        assert taken < size
+
+
 @pytest.mark.parametrize("sent", [b"\r\n", b"G"])
 def test_what_follows_an_answer_has_to_become_a_request(port: int, sent: bytes) -> None:
     with connection(port) as held:

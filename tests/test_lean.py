@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
-from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.common.constant import TIMESTAMP_HEADER
+from fleet_site import Site
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, RegisterNodeResponse
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
@@ -27,22 +22,6 @@ from federation.flower.superlink import Listener, SuperLinkFiles, application
 from orchestrator.enrollment.authority import create
 
 VERSION = dict(RuntimeVersionMetadata.from_local_component("flower-supernode").as_metadata())
-
-
-class Site:
-    """A key, and what Flower's supernode signs with it."""
-
-    def __init__(self) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.public = public_key_to_bytes(self._key.public_key())
-
-    def headers(self, age: float = 0.0) -> dict[str, str]:
-        moment = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=age)).isoformat()
-        return {
-            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public).decode(),
-            FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(self._key, moment.encode())).decode(),
-            TIMESTAMP_HEADER: moment,
-        }
 
 
 class Caller:

@@ -245,6 +245,28 @@ def test_a_site_whose_key_is_not_registered_stays_outside(line: Line, tmp_path: 
     assert list(line.control.nodes()) == [SITE]
 
 
+def test_what_a_stranger_uploads_is_not_kept_in_memory(line: Line) -> None:
+    """Flower asks who it is once it has read the whole body."""
+    size, superlink = 400 * 2**20, psutil.Process(line.supervisor.children[0].pid)
+    before, most = superlink.memory_info().rss, 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal most
+        for _ in range(size // 2**20):
+            yield bytes(2**20)
+            most = max(most, superlink.memory_info().rss)
+
+    with httpx.Client(verify=ssl.create_default_context(cafile=line.authority.ca), timeout=60) as client:
+        for headers in ({"content-length": str(size)}, {}):
+            answer = client.post(
+                f"https://127.0.0.1:{line.server.fleet_port}/v1/fleet/push-object",
+                content=body(),
+                headers={"content-type": "application/protobuf", **headers},
+            )
+            assert answer.status_code in (401, 413)
+    assert most - before < size / 4
+
+
 # ---- tasks and weights --------------------------------------------------------------------------------------------
 
 
