@@ -217,11 +217,13 @@ def test_a_line_that_ends_or_is_dead_gives_its_place_back(monkeypatch: pytest.Mo
             cut.ends()
             await cut.task
             assert (cut.status, flower.got) == (None, [])
-        await asyncio.gather(*(Line(room, HERE).send(5, more=True).task for _ in range(OF_ONE_SITE)))  # silent ones
+        silent = [Line(room, HERE).send(5, more=True) for _ in range(OF_ONE_SITE)]
+        await asyncio.gather(*(line.task for line in silent))
+        assert {line.status for line in silent} == {503}
         flower.goes_on.set()
-        line = Line(room, HERE).send()
-        await line.task
-        assert line.status == 200
+        back = Line(room, HERE).send()
+        await back.task
+        assert back.status == 200
 
     run(steps)
 

@@ -10,7 +10,7 @@ Rules:
   when it has read the body); one over `LARGEST` is refused with 413.
 - `CHUNKS` of them, coming or going, are held at a time, of one site `OF_ONE_SITE`; of those over `CHUNK`, one. Who
   comes later waits its turn, its bytes at the hospital; after `PATIENCE` seconds it is told to come again (503), before
-  its kernel takes the line for dead. Nobody holds a place for longer than a dead line is waited for.
+  its kernel takes the line for dead. So is who sends nothing more for as long as a dead line is waited for.
 - `AT_WORK` at a time are parsed, checked and stored, or read and serialized: each is in memory several times then.
 """
 
@@ -49,7 +49,7 @@ PATIENCE = 0.75 * lines.DEAD
 
 
 class _Busy(Exception):
-    """There is no room now."""
+    """It has to be sent again."""
 
 
 class Room:
@@ -157,25 +157,28 @@ class Room:
     @contextlib.asynccontextmanager
     async def _place(self, size: int = CHUNK) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as places:
-            try:
-                async with asyncio.timeout(PATIENCE):
-                    if size > CHUNK:
-                        await places.enter_async_context(self._huge)
-                    await places.enter_async_context(self._chunks)
-            except TimeoutError:
-                raise _Busy from None
+            async with _at_most(PATIENCE):
+                if size > CHUNK:
+                    await places.enter_async_context(self._huge)
+                await places.enter_async_context(self._chunks)
             yield
 
 
+@contextlib.asynccontextmanager
+async def _at_most(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise _Busy from None
+
+
 async def _whole(receive: Any) -> bytes | None:
-    """A body, of which more than `LARGEST` is not read; None where its line ends, or is dead."""
+    """A body, of which more than `LARGEST` is not read; None where its line ends."""
     parts, size = [], 0
     while size <= LARGEST:
-        try:
-            async with asyncio.timeout(lines.DEAD):
-                message = await receive()
-        except TimeoutError:
-            return None
+        async with _at_most(lines.DEAD):
+            message = await receive()
         if message["type"] != "http.request":
             return None
         parts.append(message.get("body", b""))
