@@ -123,6 +123,31 @@ def test_an_answer_that_is_not_taken_is_not_kept(port: int) -> None:
         assert taken < size
 
 
+@pytest.mark.parametrize("flood", ["heads", "address", "trailers"])
+def test_what_has_no_end_is_not_kept(port: int, flood: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(impatient, "HEAD", 60.0)
+    monkeypatch.setattr(impatient, "BODY", 60.0)
+    begin, piece = {
+        "heads": (b"POST /echo HTTP/1.1\r\n", b"a:\r\n"),
+        "address": (b"POST /", b"a"),
+        "trailers": (b"POST /echo HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n", b"a: b\r\n"),
+    }[flood]
+    with connection(port) as held, pytest.raises(OSError):
+        held.sendall(begin)
+        for _ in range(300):
+            held.sendall(piece * (16_000 // len(piece)))
+
+
+def test_one_request_may_wait_for_the_answer_to_the_one_before_and_no_more(port: int) -> None:
+    """A client whose answer is there all but for its end, which is empty, sends the next one."""
+    with connection(port) as held:
+        held.sendall((REQUEST + b"body") * 2)
+        assert answer(held).startswith(b"HTTP/1.1 200")
+        assert answer(held).startswith(b"HTTP/1.1 200")
+        held.sendall((REQUEST + b"body") * 3)
+        assert is_ended(held)
+
+
 @pytest.mark.parametrize("sent", [b"\r\n", b"G"])
 def test_what_follows_an_answer_has_to_become_a_request(port: int, sent: bytes) -> None:
     with connection(port) as held:

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
+from commands import wait_for
+from fastapi import HTTPException
 from fleet_site import Site
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
 
-from federation.flower import lines
+from federation.flower import impatient, lines
 from federation.flower import room as module
 from federation.flower.room import CHUNK, CHUNKS, FETCH, LARGEST, OF_ONE_SITE, SMALL, Room
+from federation.processes import free_port
+from orchestrator.enrollment.authority import create
 
 SEND = "/v1/fleet/push-object"
 SITES = [Site() for _ in range(CHUNKS // OF_ONE_SITE + 1)]
 HERE, OTHER, STRANGER = SITES[0], SITES[1], Site()
 LARGE = SMALL + 1
+TAKEN = 32 * 2**20
 
 
 class Flower:
     """What stands behind: knows the registered keys, and remembers how much it was given, and how many at a time."""
 
     def __init__(self, answer: int = 3) -> None:
-        self.answer, self.got, self.at_work, self.most = answer, list[int](), 0, 0
+        self.answer, self.at_work, self.most = answer, 0, 0
+        self.got, self.senders = list[int](), list[int | None]()
         self.goes_on = asyncio.Event()
         numbers = {site.public: number for number, site in enumerate(SITES)}
         known = SimpleNamespace(get_node_id_by_public_key=numbers.get)
@@ -38,6 +53,7 @@ class Flower:
             part = await receive()
             size, more = size + len(part["body"]), part["more_body"]
         self.got.append(size)
+        self.senders.append(scope.get("fednnunet.sender"))
         await self.goes_on.wait()
         self.at_work -= 1
         head = [(b"content-length", str(self.answer).encode())]
@@ -65,7 +81,7 @@ class Line:
         return await self.parts.get()
 
     async def _send(self, message: dict[str, Any]) -> None:
-        if message.get("body") == b"":  # uvicorn waits before the next message, not after the one that was too much
+        if message["type"] == "http.response.body":
             await self.takes.wait()
         self.answered.append(message)
 
@@ -104,8 +120,9 @@ async def until(found: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("path", [SEND, FETCH])
 @pytest.mark.parametrize("stranger", ["unregistered", "yesterday", "another's signature", "no base64", "nothing"])
-def test_of_a_stranger_no_byte_is_read(stranger: str) -> None:
+def test_of_a_stranger_no_byte_is_read(stranger: str, path: str) -> None:
     async def steps(flower: Flower, room: Room) -> None:
         claimed = Site()
         claimed.headers = lambda age: {  # type: ignore[method-assign]
@@ -115,7 +132,7 @@ def test_of_a_stranger_no_byte_is_read(stranger: str) -> None:
             "no base64": {**HERE.headers(), "flwr-public-key": "?"},
             "nothing": {},
         }[stranger]
-        line = Line(room, claimed, size=CHUNK).send()
+        line = Line(room, claimed, path, size=SMALL if path == FETCH else CHUNK).send()
         await line.task
         assert (line.status, line.asked, flower.got) == (401, 0, [])
 
@@ -127,10 +144,23 @@ def test_what_a_site_sends_comes_to_flower_whole_and_its_answer_to_the_site() ->
         flower.goes_on.set()
         line = Line(room, HERE, size=3 * LARGE).send(more=True).send(more=True).send()
         await line.task
-        assert (line.status, flower.got) == (200, [3 * LARGE])
+        assert (line.status, flower.got, flower.senders) == (200, [3 * LARGE], [0])
         assert b"".join(part.get("body", b"") for part in line.answered) == bytes(3)
 
     run(steps)
+
+
+def test_flower_takes_our_word_for_who_sent_a_body_that_took_long_and_for_nobody_else() -> None:
+    def asked(node: int, **scope: Any) -> None:
+        told = PushObjectRequest(node=Node(node_id=node))
+        request: Any = SimpleNamespace(scope=scope, state=SimpleNamespace(protobuf_request=told), headers={})
+        module._authenticate_once(request)
+
+    asked(7, **{"fednnunet.sender": 7})
+    for node, scope in ((8, {"fednnunet.sender": 7}), (7, {}), (0, {"fednnunet.sender": 7})):
+        with pytest.raises(HTTPException) as refused:
+            asked(node, **scope)
+        assert refused.value.status_code == 401
 
 
 def test_too_large_is_refused_unread_and_without_an_end_once_it_is() -> None:
@@ -143,6 +173,28 @@ def test_too_large_is_refused_unread_and_without_an_end_once_it_is() -> None:
             endless.send(step, more=True)
         await endless.task
         assert (endless.status, endless.asked, flower.got) == (413, 5, [])
+        padded = Line(room, HERE, FETCH, LARGE)
+        await padded.task
+        assert (padded.status, padded.asked) == (413, 0)
+        endless = Line(room, HERE, FETCH, None).send(LARGE, more=True)
+        await endless.task
+        assert (endless.status, endless.asked, flower.got) == (413, 1, [])
+
+    run(steps)
+
+
+def test_a_fetch_whose_body_does_not_come_takes_nobodys_place() -> None:
+    async def steps(flower: Flower, room: Room) -> None:
+        flower.goes_on.set()
+        stuck = [Line(room, site, FETCH, 5) for site in SITES for _ in range(OF_ONE_SITE - 1)]
+        await until(lambda: all(line.asked for line in stuck))
+        other = Line(room, OTHER).send()
+        await other.task
+        assert other.status == 200
+        for line in stuck:
+            line.ends()
+        await asyncio.gather(*(line.task for line in stuck))
+        assert not room._held
 
     run(steps)
 
@@ -158,6 +210,7 @@ def test_so_many_are_read_at_a_time_and_fewer_worked_at_and_the_rest_waits_at_th
         await settled()
         assert sum(line.asked for line in sent) == CHUNKS
         assert flower.got == [5] + [LARGE] * module.AT_WORK
+        assert len(room._held) == CHUNKS // OF_ONE_SITE + 1
         flower.most = 0
         flower.goes_on.set()
         await asyncio.gather(small.task, *(line.task for line in sent))
@@ -167,9 +220,25 @@ def test_so_many_are_read_at_a_time_and_fewer_worked_at_and_the_rest_waits_at_th
     run(steps)
 
 
-def test_of_one_site_so_many_and_of_another_still() -> None:
+class Spelled(Site):
+    """A site that spells its key in another way each time: the last digit of a base64 holds bits of nothing."""
+
+    def __init__(self, site: Site) -> None:
+        self._key, self.public, self.times = site._key, site.public, 0
+
+    def headers(self, age: float = 0.0) -> dict[str, str]:
+        found, name = super().headers(age), "flwr-public-key"
+        bare = found[name].rstrip("=")
+        digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+        digit = digits[digits.index(bare[-1]) + self.times]
+        self.times += 1
+        return {**found, name: found[name].replace(bare, bare[:-1] + digit)}
+
+
+def test_of_one_site_so_many_however_it_spells_its_key_and_of_another_still() -> None:
     async def steps(flower: Flower, room: Room) -> None:
-        lines_of_one = [Line(room, HERE) for _ in range(OF_ONE_SITE)]
+        one = Spelled(HERE)
+        lines_of_one = [Line(room, one) for _ in range(OF_ONE_SITE)]
         await until(lambda: all(line.asked for line in lines_of_one))
         one_more = Line(room, HERE)
         await one_more.task
@@ -198,12 +267,29 @@ def test_who_waits_for_too_long_is_told_to_come_again(monkeypatch: pytest.Monkey
         huge, second = Line(room, HERE, size=CHUNK + 1), Line(room, OTHER, size=CHUNK + 1)
         await second.task
         assert (second.status, second.asked) == (503, 0)
+        assert (b"connection", b"close") in second.answered[0]["headers"]  # so that it need not send all of it
+        another = Line(room, HERE, size=CHUNK + 1)
+        await another.task
+        assert (another.status, another.asked) == (503, 0)
         await Line(room, OTHER).send().task  # a chunk is not held up by it
         huge.send()
         await huge.task
         third = Line(room, OTHER, size=CHUNK + 1).send()
         await third.task
         assert (huge.status, third.status) == (200, 200)
+
+    run(steps)
+
+
+def test_who_waits_for_too_long_for_the_work_is_told_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+
+    async def steps(flower: Flower, room: Room) -> None:
+        sent = [Line(room, site).send() for site in SITES[: module.AT_WORK + 1]]
+        await until(lambda: any(line.task.done() for line in sent))
+        assert sorted(line.status or 0 for line in sent) == [0] * module.AT_WORK + [503]
+        flower.goes_on.set()
+        await asyncio.gather(*(line.task for line in sent))
 
     run(steps)
 
@@ -247,6 +333,7 @@ def test_an_answer_has_its_place_until_the_site_has_taken_it_and_a_small_one_non
         await asyncio.gather(*(line.task for line in slow))
         assert {sum(len(part.get("body", b"")) for part in line.answered) for line in slow} == {LARGE}
         assert not any(line.answered[-1].get("more_body") for line in slow)
+        assert max(len(part.get("body", b"")) for part in slow[0].answered) <= SMALL  # TLS takes what it is given
 
     run(steps, answer=LARGE)
 
@@ -259,17 +346,76 @@ def test_an_answer_has_its_place_until_the_site_has_taken_it_and_a_small_one_non
     run(nothing_there)
 
 
-def test_one_site_cannot_take_all_places_by_not_taking_what_it_asked_for() -> None:
-    async def steps(flower: Flower, room: Room) -> None:
-        flower.goes_on.set()
-        slow = [Line(room, HERE, FETCH, 5) for _ in range(OF_ONE_SITE + 1)]
-        for line in slow:
-            line.takes.clear()
-            line.send(5)
-        await until(lambda: all(line.answered for line in slow))
-        for line in slow:
-            line.takes.set()
-        await asyncio.gather(*(line.task for line in slow))
-        assert sorted(line.status or 0 for line in slow) == [200] * OF_ONE_SITE + [503]
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Path, Room]]:
+    """As a SuperLink serves it, by its protocol, uvloop and TLS; answers that no buffer of the machine holds."""
+    monkeypatch.setattr(impatient, "BODY", 4.0)
+    authority, port, flower = create(tmp_path / "authority", ["127.0.0.1"]), free_port(), Flower(TAKEN)
+    room = Room(flower, flower)
+    flower.goes_on.set()
+    served = uvicorn.Server(
+        uvicorn.Config(
+            room,
+            port=port,
+            http=impatient.Impatient,
+            loop="uvloop",
+            lifespan="off",
+            log_level="warning",
+            ssl_certfile=authority.certificate,
+            ssl_keyfile=authority.key,
+        )
+    )
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    while not served.started:
+        time.sleep(0.01)
+    yield port, authority.ca, room
+    served.should_exit = True
+    thread.join()
 
-    run(steps, answer=LARGE)
+
+def fetching(port: int, ca: Path) -> ssl.SSLSocket:
+    """A connection whose operating system holds little, and that has asked for a part of a message."""
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+    plain.settimeout(20)
+    plain.connect(("127.0.0.1", port))
+    held = ssl.create_default_context(cafile=str(ca)).wrap_socket(plain, server_hostname="127.0.0.1")
+    headers = "".join(f"{name}: {value}\r\n" for name, value in HERE.headers().items())
+    held.sendall(f"POST {FETCH} HTTP/1.1\r\nhost: here\r\ncontent-length: 2\r\n{headers}\r\nxx".encode())
+    return held
+
+
+def test_over_tls_what_is_not_taken_keeps_its_place_until_its_time_is_over(server: tuple[int, Path, Room]) -> None:
+    port, ca, room = server
+    with contextlib.ExitStack() as stack:
+        first, *_ = [stack.enter_context(fetching(port, ca)) for _ in range(OF_ONE_SITE)]
+        wait_for(lambda: room._held.total() == OF_ONE_SITE and room._at_work._value == module.AT_WORK, 20, "answers")
+        with fetching(port, ca) as one_more:
+            assert one_more.recv(100).startswith(b"HTTP/1.1 503")
+
+        def free() -> bool:
+            with contextlib.suppress(OSError):
+                first.recv(100)  # a little now and then is no way to keep it either
+            return not room._held and room._chunks._value == CHUNKS
+
+        wait_for(free, 20, "places that are free again")
+
+
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(60.0, marks=pytest.mark.long)])
+def test_over_tls_a_slow_line_gets_all_of_it(
+    server: tuple[int, Path, Room], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what it was given whole, uvicorn and uvloop forget after 35 s."""
+    monkeypatch.setattr(impatient, "BODY", 2 * seconds)
+    port, ca, room = server
+    with fetching(port, ca) as slow:
+        taken = slow.recv(2**14)
+        assert taken.startswith(b"HTTP/1.1 200")
+        size, began = len(taken) - taken.index(b"\r\n\r\n") - 4, time.monotonic()
+        while size < TAKEN:
+            piece = slow.recv(2**14)
+            assert piece, f"{size} bytes"
+            size += len(piece)
+            time.sleep(max(0.0, began + seconds * size / TAKEN - time.monotonic()))
+        assert room._held.total() <= 1

@@ -4,6 +4,9 @@ uvicorn waits for ever for a request's head and body (its one time limit is for 
 that whoever reaches the port can hold as many connections as the process may open, without a key. Here a head takes
 HEAD seconds at most and a body BODY. The answer may take as long as it does; what is sent of it has to be taken within
 BODY.
+
+Nor does one connection fill the memory: a head, or what else httptools keeps until its end, has MOST_HEAD bytes at
+most, of requests one waits for the answer to the one before, and of a body that nobody reads any more nothing is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from federation.flower import lines
 
+MOST_HEAD = 16 * 1024
+"""Bytes of a head, or of a trailer."""
 HEAD = 20.0
 """Seconds from the connection, or the answer before, to the end of a request's head."""
 BODY = 600.0
@@ -27,6 +32,7 @@ class Impatient(HttpToolsProtocol):
 
     _due: asyncio.TimerHandle | None = None
     _taken: asyncio.TimerHandle | None = None
+    _unended = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection: its first request is awaited."""
@@ -42,17 +48,40 @@ class Impatient(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Something came; where it begins no request, one has to follow all the same."""
+        self._unended += len(data)
         super().data_received(data)
-        if self._due is None and (self.cycle is None or self.cycle.response_complete):
+        if self._unended > MOST_HEAD:
+            self._end()
+        elif self._due is None and (self.cycle is None or self.cycle.response_complete):
             self._within(HEAD)
+
+    def on_message_begin(self) -> None:
+        """A request; the one before may be answered all but for its end, no more than one may wait."""
+        if self.pipeline:
+            self._end()
+            raise PermissionError("more requests at a time than anybody needs")
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The head is there."""
+        self._unended = 0
         self._within(BODY)
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._unended = 0
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        """The answer has been sent: what has come of the body meanwhile is not read any more."""
+        if self.cycle is not None and self.cycle.response_complete:  # else it is the one that waits
+            self.cycle.body = bytearray()
+        super().on_response_complete()
+
     def on_message_complete(self) -> None:
         """The body is there."""
+        self._unended = 0
         self._in_time()
         super().on_message_complete()
 

@@ -4,14 +4,16 @@ Flower reads a request whole before it asks who sends it, and works at as many a
 send a body without an end, and with 64 hospitals that upload nnU-Net's default network the SuperLink took 6.4 GB
 (benchmarks/scale.py).
 
-Rules:
+Rules, for a body over `SMALL`, and for whoever fetches a part of a message:
 
-- A body over `SMALL` is read once its head is signed by a registered site (Flower's own check, which it makes again
-  when it has read the body); one over `LARGEST` is refused with 413.
-- `CHUNKS` of them, coming or going, are held at a time, of one site `OF_ONE_SITE`; of those over `CHUNK`, one. Who
-  comes later waits its turn, its bytes at the hospital; after `PATIENCE` seconds it is told to come again (503), before
-  its kernel takes the line for dead. So is who sends nothing more for as long as a dead line is waited for.
+- First its head has to be signed by a registered site, by Flower's own check; that is not made again when the body has
+  come, for on a slow line the signature is too old by then. A body over `LARGEST` is refused (413).
+- `CHUNKS` of them, coming or going, are held at a time, of one site `OF_ONE_SITE`; of those over `CHUNK` one, and of
+  one site one. Who comes later waits its turn, its bytes at the hospital; after `PATIENCE` seconds it is told to come
+  again (503), before its kernel takes the line for dead. So is who sends nothing more for as long as that takes.
 - `AT_WORK` at a time are parsed, checked and stored, or read and serialized: each is in memory several times then.
+- An answer has its place until the site has taken it. It is sent in pieces: TLS takes whatever it is given at once, and
+  the server would have forgotten of it, and ended the connection, long before a slow line is done.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from fastapi import HTTPException, Request
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink.dependencies.linkstate import get_linkstate
-from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.routers.fleet import node_auth
 from starlette.concurrency import run_in_threadpool
 
-from federation.flower import lines
+from federation.flower import impatient, lines
 from federation.flower.transfer import MAX_BODY
 
 FETCH = "/v1/fleet/pull-object"
@@ -43,13 +45,19 @@ CHUNK = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + SMALL
 LARGEST = MAX_BODY + SMALL
 """Bytes of the largest request that the other side would take."""
 CHUNKS, OF_ONE_SITE, AT_WORK = 96, 8, 4
-_KEY = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 PATIENCE = 0.75 * lines.DEAD
 """Seconds for which a request waits for its turn."""
+_SENDER = "fednnunet.sender"
+"""Where a request's scope holds the number of the site that signed it."""
+_authenticate = node_auth.authenticate_node
 
 
 class _Busy(Exception):
     """It has to be sent again."""
+
+
+class _TooLarge(Exception):
+    """Nobody would take it."""
 
 
 class Room:
@@ -67,95 +75,78 @@ class Room:
         self._app, self._flower = app, flower
         self._chunks, self._huge = asyncio.Semaphore(CHUNKS), asyncio.Semaphore(1)
         self._at_work = asyncio.Semaphore(AT_WORK)
-        self._held: Counter[bytes] = Counter()
+        self._held: Counter[tuple[int, bool]] = Counter()  # by node, all of them and those over CHUNK
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One ASGI call."""
         size = _size(scope) if scope["type"] == "http" else 0
-        try:
-            if size > LARGEST:
-                await _refuse(send, 413)
-            elif size > SMALL:
-                await self._take_in(scope, size, receive, send)
-            elif scope.get("path") == FETCH:
-                await self._give_out(scope, receive, send)
-            else:
-                await self._app(scope, receive, send)
-        except _Busy:
-            await _refuse(send, 503)
-
-    async def _take_in(self, scope: Any, size: int, receive: Any, send: Any) -> None:
-        """A large body."""
-        if not await run_in_threadpool(self._is_known, scope):
+        fetches = scope.get("path") == FETCH
+        if size <= SMALL and not fetches:
+            await self._app(scope, receive, send)
+        elif size > (SMALL if fetches else LARGEST):
+            await _refuse(send, 413)
+        elif (node := await run_in_threadpool(self._sender, scope)) is None:
             await _refuse(send, 401)
-            return
-        with self._counted(scope):
-            async with self._place(size):
-                body = await _whole(receive)
-                if body is None:
-                    return
-                if len(body) > LARGEST:
-                    await _refuse(send, 413)
-                    return
-                parts = [{"type": "http.request", "body": body, "more_body": False}]
-                del body
+        else:
+            scope[_SENDER] = node
+            try:
+                with self._counted(node, size):
+                    before = await _whole(receive, SMALL) if fetches else None
+                    async with self._place(size):
+                        body = before if fetches else await _whole(receive, LARGEST)
+                        if body is not None:
+                            await _give(await self._work(scope, body, receive), send)
+            except _Busy:
+                await _refuse(send, 503)
+            except _TooLarge:
+                await _refuse(send, 413)
 
-                async def read() -> Any:
-                    return parts.pop() if parts else await receive()
-
-                answer = await self._work(scope, read)
-        for message in answer:
-            await send(message)
-
-    async def _give_out(self, scope: Any, receive: Any, send: Any) -> None:
-        """An answer that may be large: it has its place until the site has taken it."""
-        async with self._place():
-            answer = await self._work(scope, receive)
-            if sum(len(message.get("body", b"")) for message in answer) <= SMALL:
-                for message in answer:
-                    await send(message)
-                return
-            with self._counted(scope):  # Flower has looked who it is
-                while answer:
-                    await send({**answer.pop(0), "more_body": True})
-                await send({"type": "http.response.body", "body": b""})  # which waits until the rest has gone
-
-    async def _work(self, scope: Any, receive: Any) -> list[Any]:
+    async def _work(self, scope: Any, body: bytes, receive: Any) -> list[Any]:
         """What Flower answers, kept until the next one may work."""
         answer: list[Any] = []
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def read() -> Any:
+            return parts.pop() if parts else await receive()
 
         async def keep(message: Any) -> None:
             answer.append(message)
 
-        async with self._at_work:
-            await self._app(scope, receive, keep)
+        async with contextlib.AsyncExitStack() as work:
+            async with _at_most(PATIENCE):
+                await work.enter_async_context(self._at_work)
+            await self._app(scope, read, keep)
         return answer
 
-    def _is_known(self, scope: Any) -> bool:
-        """Whether a request's head is signed by a registered site, now."""
-        sender = SimpleNamespace(node_id=None)
-        request = Request({**scope, "app": self._flower, "state": {"protobuf_request": sender}})
-        with contextlib.suppress(HTTPException, ValueError):
-            sender.node_id = get_linkstate(request).get_node_id_by_public_key(b64decode(_key(scope), validate=True))
-            authenticate_node(request)
-            return sender.node_id is not None
-        return False
+    def _sender(self, scope: Any) -> int | None:
+        """The number of the registered site that signed a request's head, now; None where there is none."""
+        claimed = SimpleNamespace(node_id=None)
+        request = Request({**scope, "app": self._flower, "state": {"protobuf_request": claimed}})
+        with contextlib.suppress(HTTPException, LookupError, ValueError):
+            key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            claimed.node_id = get_linkstate(request).get_node_id_by_public_key(key)
+            if claimed.node_id is not None:
+                _authenticate(request)
+                return int(claimed.node_id)
+        return None
 
     @contextlib.contextmanager
-    def _counted(self, scope: Any) -> Iterator[None]:
-        key = _key(scope)
-        if self._held[key] >= OF_ONE_SITE:
+    def _counted(self, node: int, size: int) -> Iterator[None]:
+        """One more of a site, or `_Busy`; before it waits, so that one site's do not stand before all others'."""
+        kinds = [(node, False), (node, True)] if size > CHUNK else [(node, False)]
+        if self._held[node, False] >= OF_ONE_SITE or (size > CHUNK and self._held[node, True]):
             raise _Busy
-        self._held[key] += 1
+        self._held.update(kinds)
         try:
             yield
         finally:
-            self._held[key] -= 1
-            if not self._held[key]:
-                del self._held[key]
+            self._held.subtract(kinds)
+            for kind in kinds:
+                if not self._held[kind]:
+                    del self._held[kind]
 
     @contextlib.asynccontextmanager
-    async def _place(self, size: int = CHUNK) -> AsyncIterator[None]:
+    async def _place(self, size: int) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as places:
             async with _at_most(PATIENCE):
                 if size > CHUNK:
@@ -173,35 +164,65 @@ async def _at_most(seconds: float) -> AsyncIterator[None]:
         raise _Busy from None
 
 
-async def _whole(receive: Any) -> bytes | None:
-    """A body, of which more than `LARGEST` is not read; None where its line ends."""
+async def _whole(receive: Any, most: int) -> bytes | None:
+    """A body; None where its line ends, and `_TooLarge` where more than `most` comes."""
     parts, size = [], 0
-    while size <= LARGEST:
+    while True:
         async with _at_most(lines.DEAD):
             message = await receive()
         if message["type"] != "http.request":
             return None
         parts.append(message.get("body", b""))
         size += len(parts[-1])
+        if size > most:
+            raise _TooLarge
         if not message.get("more_body", False):
-            break
-    return b"".join(parts)
+            return b"".join(parts)
+
+
+async def _give(answer: list[Any], send: Any) -> None:
+    """Send an answer; a large one in pieces, of which each waits until the one before has gone."""
+    if sum(len(message.get("body", b"")) for message in answer) <= SMALL:
+        for message in answer:
+            await send(message)
+        return
+    with contextlib.suppress(TimeoutError):  # whereupon the server ends the connection
+        async with asyncio.timeout(impatient.BODY):
+            for message in answer:
+                body = memoryview(message.get("body", b""))
+                if message["type"] != "http.response.body":
+                    await send(message)
+                for at in range(0, len(body), SMALL):
+                    await send({"type": "http.response.body", "body": bytes(body[at : at + SMALL]), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _size(scope: Any) -> int:
-    """Bytes of a request's body; `LARGEST` where its head does not say."""
+    """Bytes of a request's body; `LARGEST` where its head does not say, for a fetch none."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length")
     if length is None:
-        return LARGEST if b"transfer-encoding" in headers else 0
+        return LARGEST if b"transfer-encoding" in headers and scope["path"] != FETCH else 0
     return int(length)
 
 
-def _key(scope: Any) -> bytes:
-    found: bytes = dict(scope["headers"]).get(_KEY, b"")
-    return found
-
-
 async def _refuse(send: Any, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    """Refuse a request; its sender need not send the rest of its body, but has to hear a 401 for certain."""
+    headers = [(b"content-length", b"0")] + ([] if status == 401 else [(b"connection", b"close")])
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
+
+
+def _authenticate_once(request: Any) -> None:
+    """Flower's check, where it has not been made yet; that a request speaks of its sender is looked at in any case."""
+    node, told = request.scope.get(_SENDER), request.state.protobuf_request
+    if node is None or not hasattr(told, "node"):
+        _authenticate(request)
+    elif told.node.node_id != node:
+        raise HTTPException(401, "Invalid SuperNode authentication")
+
+
+def use() -> None:
+    """From here on Flower in this process asks once who sends a large request, when its head has come."""
+    module: Any = node_auth
+    module.authenticate_node = _authenticate_once

@@ -39,11 +39,10 @@ from flwr.supercore.logger import update_console_handler
 from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
-from federation.flower import lean, objects, state
+from federation.flower import lean, objects, room, state
 from federation.flower.held import Held
 from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
-from federation.flower.room import Room
 from federation.processes import settle
 
 log = logging.getLogger("fednnunet.superlink")
@@ -187,9 +186,10 @@ def serve(
     open_many_files()
     state.use()
     objects.use()
+    room.use()
     config, app = application(files, control)
     lean.slim(app, event_logs=config.event_log_plugin is not None)
-    held = Held(Room(app, app))
+    held = Held(room.Room(app, app))
     state.tell(held.sent)
     token = hashlib.sha256(files.token.read_bytes().strip()).digest()
     common: dict[str, Any] = {

@@ -196,7 +196,7 @@ def _telling(refused: Callable[[], object]) -> type[clients.FleetClient]:
     Flower's loop ends on that, so that whoever reads the log has to find the reason there: it is looked for before
     the loop hears of it.
     """
-    first = threading.Lock()
+    looking, told = threading.Lock(), threading.Event()
 
     class Telling(clients.FleetClient):
         def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -205,11 +205,15 @@ def _telling(refused: Callable[[], object]) -> type[clients.FleetClient]:
 
         @staticmethod
         def _heard(response: httpx.Response) -> None:
-            if response.status_code == httpx.codes.UNAUTHORIZED and first.acquire(blocking=False):
-                try:
-                    refused()
-                except Exception:
-                    log.exception("why the orchestrator refused a request was not found out")
+            if response.status_code != httpx.codes.UNAUTHORIZED:
+                return
+            with looking:  # whoever is refused meanwhile waits: it would end the process
+                if not told.is_set():
+                    told.set()
+                    try:
+                        refused()
+                    except Exception:
+                        log.exception("why the orchestrator refused a request was not found out")
 
     return Telling
 
