@@ -50,11 +50,14 @@ class Light:
         Where it keeps the weights that it has.
     name : str
         Its name; its numbers follow from it.
+    weights : Path
+        Where the global weights that it has are kept; many sites may share it, for all have the same.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, name: str, weights: Path) -> None:
+        self._folder, self._weights = folder, weights
+        for each in (folder, weights):
+            each.mkdir(parents=True, exist_ok=True)
         self._random = np.random.default_rng(list(name.encode()))  # no two sites send the same chunk
 
     def answer(self, task: Task, arrived: Path | None) -> tuple[Result, Path | None]:
@@ -95,17 +98,21 @@ class Light:
 
     def _open(self, task: Task, arrived: Path | None) -> Path:
         assert task.weights is not None
-        target = self._folder / f"{task.weights.digest}.safetensors"
+        target = self._weights / f"{task.weights.digest}.safetensors"
 
         def base(digest: str) -> Path | None:
-            path = self._folder / f"{digest}.safetensors"
+            path = self._weights / f"{digest}.safetensors"
             return path if path.exists() else None
 
-        opened = weights.open_weights(task.weights, arrived, base, target)
-        if opened != target and not target.exists():
-            target.hardlink_to(opened)
-        for old in sorted(self._folder.glob("[0-9a-f]*.safetensors"), key=lambda path: path.stat().st_mtime)[:-2]:
-            old.unlink()
+        own = self._folder / "opened"
+        opened = weights.open_weights(task.weights, arrived, base, own)
+        if opened != target:
+            with contextlib.suppress(FileExistsError):
+                target.hardlink_to(opened)
+        own.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another site has just removed it
+            for old in sorted(self._weights.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)[:-2]:
+                old.unlink()
         return target
 
     def _train(self, task: Task, arrived: Path | None) -> tuple[Result, Path | None]:
@@ -124,6 +131,7 @@ class Light:
         if task.study.wire != "full":
             carry = self._folder / "carry"
             weights.encode_difference(new, base, carry, self._folder / "difference", carry, task.study.wire)
+            new.unlink()
             new = self._folder / "difference"
             header = weights.describe_difference(new, task.weights.digest, digest)
         epochs = task.study.epochs_per_round
@@ -151,7 +159,10 @@ class LightSite(threading.Thread):
 
     def __init__(self, state: Path) -> None:
         super().__init__(daemon=True, name=f"light {state.parent.name}")
-        self._spool, self._light = Spool(state / "spool"), Light(state / "light", state.parent.name)
+        self._spool, self._light = (
+            Spool(state / "spool"),
+            Light(state / "light", state.parent.name, state / "light" / "weights"),
+        )
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -205,7 +216,7 @@ class LightClient(threading.Thread):
     coordinator : Path
         The coordinator's public key.
     folder : Path
-        Its own; holds its key.
+        Its own; holds its key. The global weights lie beside it, for all sites there.
     poll : float
         Seconds between two looks.
     """
@@ -213,7 +224,7 @@ class LightClient(threading.Thread):
     def __init__(self, name: str, address: str, ca: bytes, coordinator: Path, folder: Path, poll: float) -> None:
         super().__init__(daemon=True, name=f"light {name}")
         self._site, self._folder, self._poll = name, folder, poll
-        self._light = Light(folder / "light", name)
+        self._light = Light(folder / "light", name, folder.parent / "weights")
         self._key = signing.load_private((folder / "site.key").read_bytes(), name)
         trusted = signing.load_public(coordinator.read_bytes(), str(coordinator))
         self._trust = Trust(name, trusted, folder / "arrivals.jsonl")
@@ -251,6 +262,9 @@ class LightClient(threading.Thread):
                 weights = file_array(update) if update is not None else None
                 asked = make_message(metadata=metadata, content=RecordDict())
                 transfer.push(Message(content(body, weights), reply_to=asked))
+                for moved in (arrived, update):  # so that the disk holds many sites
+                    if moved is not None:
+                        moved.unlink(missing_ok=True)
                 worked = time.monotonic()
 
     def _beat(self, node: Node) -> None:

@@ -182,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for count in arguments.sites:
-        need = 4 * count * MODEL[arguments.network]  # at the sites, on the way, at the coordinator
+        need = 1.5 * count * MODEL[arguments.network]  # updates, at their sites or at the coordinator, and on the way
         if shutil.disk_usage(tempfile.gettempdir()).free < need + 5e9:
             print(f"{count} sites: left out, {need / 1e9:.0f} GB of disk needed")
             continue

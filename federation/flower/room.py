@@ -8,9 +8,10 @@ Rules, for a body over `SMALL`, and for whoever fetches a part of a message:
 
 - First its head has to be signed by a registered site, by Flower's own check; that is not made again when the body has
   come, for on a slow line the signature is too old by then. A body over `LARGEST` is refused (413).
-- `CHUNKS` of them, coming or going, are held at a time, of one site `OF_ONE_SITE`; of those over `CHUNK` one, and of
-  one site one. Who comes later waits its turn, its bytes at the hospital; after `PATIENCE` seconds it is told to come
-  again (503), before its kernel takes the line for dead. So is who sends nothing more for as long as that takes.
+- `CHUNKS` of them, coming or going, are held at a time, of one site `OF_ONE_SITE`; of those over `CHUNK`, or whose head
+  does not say how large they are, one, and of one site one. Who comes later waits its turn, its bytes at the hospital;
+  after `PATIENCE` seconds it is told to come again (503), before its kernel takes the line for dead. So is who sends
+  nothing more for as long as that takes.
 - `AT_WORK` at a time are parsed, checked and stored, or read and serialized: each is in memory several times then.
 - An answer has its place until the site has taken it. It is sent in pieces: TLS takes whatever it is given at once, and
   the server would have forgotten of it, and ended the connection, long before a slow line is done.
