@@ -47,7 +47,7 @@ class Light:
     Parameters
     ----------
     folder : Path
-        Where it keeps the weights that it has.
+        Where it makes its updates.
     name : str
         Its name; its numbers follow from it.
     weights : Path
@@ -159,10 +159,8 @@ class LightSite(threading.Thread):
 
     def __init__(self, state: Path) -> None:
         super().__init__(daemon=True, name=f"light {state.parent.name}")
-        self._spool, self._light = (
-            Spool(state / "spool"),
-            Light(state / "light", state.parent.name, state / "light" / "weights"),
-        )
+        self._spool = Spool(state / "spool")
+        self._light = Light(state / "light", state.parent.name, state / "light" / "weights")
         self._stopped = threading.Event()
 
     def run(self) -> None:

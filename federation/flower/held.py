@@ -24,6 +24,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from federation.flower import asgi
 from federation.flower.clients import LOOK
 from federation.patience import HOLD, UNHEARD
 
@@ -61,7 +62,7 @@ class Held:
         read = await _read(receive)
         node = _node(read)
         if not await self._ready(node, receive):
-            await _find_nothing(send)
+            await asgi.answer(send, 200, (b"content-type", PROTOBUF_MEDIA_TYPE.encode()))
             return
         given = self._given.pop(node, -math.inf)
         self._sent.discard(node)
@@ -140,9 +141,3 @@ def _node(parts: list[Any]) -> int:
         return int(PullMessagesRequest.FromString(b"".join(part.get("body", b"") for part in parts)).node.node_id)
     except DecodeError:
         return 0
-
-
-async def _find_nothing(send: Any) -> None:
-    headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode()), (b"content-length", b"0")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from federation.flower import asgi
+
 MAX_BODY = 16 * 1024
 PATIENCE = 10.0
 AT_ONCE = 4
@@ -60,10 +62,12 @@ class Intake:
         self._running += 1
         try:
             async with asyncio.timeout(PATIENCE):
-                body = await _body(receive)
+                body = await asgi.whole(receive, MAX_BODY)
             if body is None:
                 return 413, b""
             return await asyncio.to_thread(self._handler, body)
+        except asgi.TooLarge:
+            return 413, b""
         except TimeoutError:
             return 408, b""
         finally:
@@ -77,17 +81,3 @@ class Intake:
             return False
         self._left -= 1
         return True
-
-
-async def _body(receive: Any) -> bytes | None:
-    """The whole body, None once it is over the cap or the other side has gone."""
-    body = b""
-    while True:
-        message: dict[str, Any] = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += bytes(message.get("body", b""))
-        if len(body) > MAX_BODY:
-            return None
-        if not message.get("more_body", False):
-            return body

@@ -34,7 +34,7 @@ from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.routers.fleet import node_auth
 from starlette.concurrency import run_in_threadpool
 
-from federation.flower import impatient, lines
+from federation.flower import asgi, impatient, lines
 from federation.flower.transfer import MAX_BODY
 
 FETCH = "/v1/fleet/pull-object"
@@ -48,6 +48,8 @@ LARGEST = MAX_BODY + SMALL
 CHUNKS, OF_ONE_SITE, AT_WORK = 96, 8, 4
 PATIENCE = 0.75 * lines.DEAD
 """Seconds for which a request waits for its turn."""
+_CLOSE = (b"connection", b"close")
+"""Said to whoever need not send the rest of a body."""
 _SENDER = "fednnunet.sender"
 """Where a request's scope holds the number of the site that signed it."""
 _authenticate = node_auth.authenticate_node
@@ -55,10 +57,6 @@ _authenticate = node_auth.authenticate_node
 
 class _Busy(Exception):
     """It has to be sent again."""
-
-
-class _TooLarge(Exception):
-    """Nobody would take it."""
 
 
 class Room:
@@ -85,9 +83,9 @@ class Room:
         if size <= SMALL and not fetches:
             await self._app(scope, receive, send)
         elif size > (SMALL if fetches else LARGEST):
-            await _refuse(send, 413)
+            await asgi.answer(send, 413, _CLOSE)
         elif (node := await run_in_threadpool(self._sender, scope)) is None:
-            await _refuse(send, 401)
+            await asgi.answer(send, 401)  # which it has to hear for certain: no close in the middle of its body
         else:
             scope[_SENDER] = node
             try:
@@ -98,9 +96,9 @@ class Room:
                         if body is not None:
                             await _give(await self._work(scope, body, receive), send)
             except _Busy:
-                await _refuse(send, 503)
-            except _TooLarge:
-                await _refuse(send, 413)
+                await asgi.answer(send, 503, _CLOSE)
+            except asgi.TooLarge:
+                await asgi.answer(send, 413, _CLOSE)
 
     async def _work(self, scope: Any, body: bytes, receive: Any) -> list[Any]:
         """What Flower answers, kept until the next one may work."""
@@ -166,19 +164,13 @@ async def _at_most(seconds: float) -> AsyncIterator[None]:
 
 
 async def _whole(receive: Any, most: int) -> bytes | None:
-    """A body; None where its line ends, and `_TooLarge` where more than `most` comes."""
-    parts, size = [], 0
-    while True:
+    """A body of which something comes now and then; see `asgi.whole`."""
+
+    async def hear() -> Any:
         async with _at_most(lines.DEAD):
-            message = await receive()
-        if message["type"] != "http.request":
-            return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise _TooLarge
-        if not message.get("more_body", False):
-            return b"".join(parts)
+            return await receive()
+
+    return await asgi.whole(hear, most)
 
 
 async def _give(answer: list[Any], send: Any) -> None:
@@ -205,13 +197,6 @@ def _size(scope: Any) -> int:
     if length is None:
         return LARGEST if b"transfer-encoding" in headers and scope["path"] != FETCH else 0
     return int(length)
-
-
-async def _refuse(send: Any, status: int) -> None:
-    """Refuse a request; its sender need not send the rest of its body, but has to hear a 401 for certain."""
-    headers = [(b"content-length", b"0")] + ([] if status == 401 else [(b"connection", b"close")])
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
 
 
 def _authenticate_once(request: Any) -> None:

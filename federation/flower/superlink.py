@@ -39,7 +39,7 @@ from flwr.supercore.logger import update_console_handler
 from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
-from federation.flower import lean, objects, room, state
+from federation.flower import asgi, lean, objects, room, state
 from federation.flower.held import Held
 from federation.flower.impatient import Impatient, open_many_files
 from federation.flower.intake import Handler, Intake
@@ -131,8 +131,7 @@ class Guard:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
             return
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0"), *headers]})
-        await send({"type": "http.response.body", "body": b""})
+        await asgi.answer(send, status, *headers)
 
 
 class _Server(uvicorn.Server):
