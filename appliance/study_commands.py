@@ -102,7 +102,7 @@ def report(
 
     spool = Spool(loaded.spool)
     known = site_report.studies(spool)
-    chosen = [one for one in known if one.name == study or (len(study) >= 4 and one.id.startswith(study))]
+    chosen = [one for one in known if one.is_called(study)]
     if len(chosen) != 1:
         there = "".join(f"\n  {one.id[:16]}  {one.name}" for one in chosen or known)
         raise FednnunetError(Code.STUDY_NOT_FOUND, f"{study}: {len(chosen)} studies of this site{there}")

@@ -137,11 +137,11 @@ def federated(simulation: Simulation, study: Study) -> list[float]:
 def idle(simulation: Simulation) -> dict[str, float]:
     """Seconds until the site is online, and until its worker has loaded all and waits: as a hospital is found."""
     began, found = time.monotonic(), dict[str, float]()
-    control = simulation._control()
+    control = simulation.control()
     while len(found) < 2:
         if control.nodes()[SITE][1] == "online":
             found.setdefault("everything started to the site online", time.monotonic() - began)
-        if simulation._doing(SITE) == "waiting":
+        if simulation.doing(SITE) == "waiting":
             found.setdefault("everything started to the worker waiting", time.monotonic() - began)
         if time.monotonic() > began + 120:
             raise SystemExit("the site did not come online")

@@ -30,9 +30,8 @@ from appliance.spool import Spool
 from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
 from federation import signing, tasks, weights
 from federation.flower import clients
-from federation.flower.supernode import HELD, PATIENCE
+from federation.flower.supernode import rest
 from federation.flower.transfer import Transfer, content, file_array
-from federation.patience import pause
 from federation.tasks import Kind, Result, Task
 
 CASES = 40
@@ -244,7 +243,7 @@ class LightClient(threading.Thread):
         node = Node(node_id=self._client.ActivateNode(request).node_id)
         threading.Thread(target=self._beat, args=(node,), daemon=True).start()
         worked, looked = time.monotonic(), 0.0
-        while not self._stopped.wait(0.0 if looked >= HELD else pause(self._poll, time.monotonic() - worked, PATIENCE)):
+        while not self._stopped.wait(rest(self._poll, time.monotonic() - worked, looked)):
             fleet = _Fleet(self._client, node)
             began = time.monotonic()
             found = Transfer(fleet, node.node_id, 0).ready()

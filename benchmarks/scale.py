@@ -50,16 +50,6 @@ PLANNER = {"default": "ExperimentPlanner", "resenc_l": "nnUNetPlannerResEncL", "
 CT = {"dataset": "Dataset900_LargeCT", "channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
 
 
-class Orchestrator(Simulation):
-    """A real orchestrator whose sites come from elsewhere."""
-
-    fleet_port = 0
-
-    def _orchestrator(self, fleet_port: int) -> Any:
-        self.fleet_port = fleet_port
-        return super()._orchestrator(fleet_port)
-
-
 class Watch(threading.Thread):
     """The most disk that the orchestrator's state takes."""
 
@@ -101,10 +91,10 @@ def measure(count: int, network: str, rounds: int, poll: float, keep: Path | Non
         here = Path(name)
         names = [f"light_{number:03d}" for number in range(count)]
         study = study_of(names, network, rounds)
-        orchestrator = Orchestrator(here / "state", {}, SiteOptions())
+        orchestrator = Simulation(here / "state", {}, SiteOptions())  # its sites come from elsewhere
         with orchestrator.running():
             authority = Authority(orchestrator.orchestrator / "authority")
-            control, address = orchestrator._control(), f"127.0.0.1:{orchestrator.fleet_port}"
+            control, address = orchestrator.control(), orchestrator.fleet_address
             began = time.monotonic()
             sites = []
             for site in names:

@@ -59,11 +59,11 @@ class Slow(Simulation):
         """Seconds of a round's bytes, there and back."""
         return (MODEL + UPDATE[self.wire]) * 8e-6 / self.megabits
 
-    def address(self, name: str, fleet_port: int) -> str:
+    def address(self, name: str) -> str:
         """The line for the first site."""
         if name != SLOW:
-            return super().address(name, fleet_port)
-        self.line = Line(fleet_port, self.megabits, latency=0.02)
+            return super().address(name)
+        self.line = Line(self.fleet_port, self.megabits, latency=0.02)
         return f"127.0.0.1:{self.line.port}"
 
 

@@ -41,11 +41,11 @@ class Counted(Simulation):
 
     proxy: Line | None = None
 
-    def address(self, name: str, fleet_port: int) -> str:
+    def address(self, name: str) -> str:
         """The proxy for the first site."""
         if name != sorted(self.sites)[0]:
-            return super().address(name, fleet_port)
-        self.proxy = Line(fleet_port)
+            return super().address(name)
+        self.proxy = Line(self.fleet_port)
         return f"127.0.0.1:{self.proxy.port}"
 
 

@@ -86,7 +86,7 @@ def take(simulation: Simulation, study: Any) -> None:
     credentials: Any = {"username": "coordinator", "password": token}
     with browser(ignore_https_errors=True, http_credentials=credentials) as page:
         page.set_viewport_size({"width": 1100, "height": 900})
-        page.goto(f"https://127.0.0.1:{simulation._control_port}")
+        page.goto(f"https://{simulation.control_address}")
         thread.start()
         page.get_by_role("link", name=study.name).click(timeout=120_000)
         page.get_by_text(f"round 5 of {ROUNDS}").first.wait_for(timeout=600_000)

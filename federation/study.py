@@ -360,6 +360,10 @@ class Study(BaseModel):
         """SHA-256 of the canonical JSON of what differs from the defaults, in hex."""
         return sha256_json(self.model_dump(mode="json", exclude_defaults=True))
 
+    def is_called(self, given: str) -> bool:
+        """Whether a person means this study: by its name, or by at least the first four letters of its id."""
+        return self.name == given or (len(given) >= 4 and self.id.startswith(given))
+
     @property
     def one_model(self) -> bool:
         """Whether all sites end with the same whole model, which the orchestrator has too."""

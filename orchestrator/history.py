@@ -371,7 +371,7 @@ def studies(folder: Path) -> list[Found]:
 
 
 def choose(given: str, known: Sequence[Found], what: str) -> Found:
-    """The study with this name, or with an id that begins so.
+    """The study that is called so.
 
     Raises FNU-120 when there is none or more than one; what is there is named.
 
@@ -384,7 +384,7 @@ def choose(given: str, known: Sequence[Found], what: str) -> Found:
     what : str
         What they are, for the error: `studies in FOLDER`.
     """
-    chosen = [one for one in known if one.study.name == given or (len(given) >= 4 and one.study.id.startswith(given))]
+    chosen = [one for one in known if one.study.is_called(given)]
     if len(chosen) != 1:
         there = "".join(f"\n  {one.line()}" for one in (chosen or known)[-MOST_NAMED:])
         found = f"{given}: {len(chosen)} {what}{', which has:' if known else ', which has none'}"

@@ -449,7 +449,7 @@ class Running:
 
     def __init__(self, simulation: Simulation, folder: Path) -> None:
         self.simulation, self.folder = simulation, folder
-        self.control = f"127.0.0.1:{simulation._control_port}"
+        self.control = simulation.control_address
 
     def submit(self, name: str, sites: list[str], **changes: Any) -> Done:
         """Run `fednnunet study submit` with a small study."""

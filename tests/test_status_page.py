@@ -117,7 +117,7 @@ def test_a_study_is_watched_in_a_browser_from_its_start_to_its_report(
     simulation = Simulation(tmp_path / "f", {name: tiny_phantom_sites[name] for name in sites}, SiteOptions(threads=1))
     with simulation.running():
         token = (simulation.orchestrator / "authority" / "control.token").read_text().strip()
-        root = f"https://127.0.0.1:{simulation._control_port}"
+        root = f"https://{simulation.control_address}"
         failure: list[BaseException] = []
 
         def run() -> None:

@@ -184,8 +184,8 @@ class Approvals:
         )
 
     def find(self, given: str) -> Study:
-        """The one study with this name or beginning of an id; raises FNU-130."""
-        fitting = [study for study, _ in self.all() if study.name == given or study.id.startswith(given)]
+        """The one study that is called so; raises FNU-130."""
+        fitting = [study for study, _ in self.all() if study.is_called(given)]
         if len(fitting) != 1:
             known = ", ".join(f"{study.name} ({study.id[:12]})" for study, _ in self.all()) or "none"
             raise FednnunetError(Code.STUDY_UNKNOWN_HERE, f"{given} fits {len(fitting)} studies; known here: {known}")

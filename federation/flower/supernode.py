@@ -51,6 +51,21 @@ HELD = 1.0
 """A look that takes so many seconds was held: the next one follows at once."""
 
 
+def rest(poll: float, waited: float, looked: float) -> float:
+    """Seconds from a look at the SuperLink that found nothing to the next.
+
+    Parameters
+    ----------
+    poll : float
+        Seconds between two looks at first.
+    waited : float
+        Seconds since there was something to do.
+    looked : float
+        Seconds that the look took.
+    """
+    return 0.0 if looked >= HELD else pause(poll, waited, PATIENCE)
+
+
 class _Clock:
     """Stands in for the `time` module in Flower's loop.
 
@@ -66,12 +81,12 @@ class _Clock:
         """Seconds that the last look took."""
 
     def sleep(self, seconds: float) -> None:
-        """Sleep until the link hands something over, at most the poll; or `pause` after a look that found nothing."""
+        """Sleep until the link hands something over, at most the poll; or `rest` after a look that found nothing."""
         if seconds < SLOWEST:
             self._worked = time.monotonic()
             self._wait(min(seconds, self._poll))
-        elif self.looked < HELD:
-            self._wait(pause(self._poll, time.monotonic() - self._worked, PATIENCE))
+        elif (wait := rest(self._poll, time.monotonic() - self._worked, self.looked)) > 0.0:
+            self._wait(wait)
 
     def _wait(self, seconds: float) -> None:
         if self._arrived.wait(seconds):

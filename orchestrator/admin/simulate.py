@@ -96,7 +96,7 @@ class Simulation:
         self.sites = {name: Path(path).resolve() for name, path in sorted(sites.items())}
         self.options = options
         self.supervisor: Supervisor | None = None
-        self._control_port = 0
+        self.fleet_port = self.control_port = 0
 
     @property
     def orchestrator(self) -> Path:
@@ -112,15 +112,15 @@ class Simulation:
         """Start everything; end every process that was started, whatever happens."""
         lock = Lock(self.state)
         try:
-            fleet_port, self._control_port = free_port(), free_port()
+            self.fleet_port, self.control_port = free_port(), free_port()
             authority = Authority(self.orchestrator / "authority")
             if not authority.ca.exists():
                 create(authority.folder, [LOOPBACK, "localhost"])
             elif not authority.signing_key.exists():  # a state folder of a version that signed nothing
                 authority.begin_signing_key()
-            children = [self._orchestrator(fleet_port)]
+            children = [self._orchestrator()]
             for name, data in self.sites.items():
-                children.append(self._site(name, data, fleet_port, authority))
+                children.append(self._site(name, data, authority))
             self.supervisor = Supervisor(children, grace=15.0)
             try:
                 children[0].start()
@@ -134,16 +134,30 @@ class Simulation:
         finally:
             lock.release()
 
-    def address(self, name: str, fleet_port: int) -> str:
-        """What a site dials; a measurement may put something in between."""
-        return f"{LOOPBACK}:{fleet_port}"
+    @property
+    def fleet_address(self) -> str:
+        """HOST:PORT of the hospitals' listener, while everything is `running`."""
+        return f"{LOOPBACK}:{self.fleet_port}"
 
-    def _orchestrator(self, fleet_port: int) -> Child:
+    @property
+    def control_address(self) -> str:
+        """HOST:PORT of the control listener, while everything is `running`."""
+        return f"{LOOPBACK}:{self.control_port}"
+
+    def address(self, name: str) -> str:
+        """HOST:PORT that a site dials; a measurement may put something in between."""
+        return self.fleet_address
+
+    def control(self) -> Any:
+        """A client of the control listener."""
+        return control(self.orchestrator, self.control_address)
+
+    def _orchestrator(self) -> Child:
         return Child(
             "orchestrator",
             [
                 *(sys.executable, "-m", "orchestrator.cli", "start", "--state", str(self.orchestrator)),
-                *("--fleet-port", str(fleet_port), "--control-port", str(self._control_port)),
+                *("--fleet-port", str(self.fleet_port), "--control-port", str(self.control_port)),
                 *("--poll", str(self.options.poll), "--no-follow", "--end-with-parent"),
             ],
             self.orchestrator / "logs" / "orchestrator.log",
@@ -151,9 +165,9 @@ class Simulation:
             restart=False,
         )
 
-    def _site(self, name: str, data: Path, fleet_port: int, authority: Authority) -> Child:
+    def _site(self, name: str, data: Path, authority: Authority) -> Child:
         config, state = self.state / "sites" / name / "config", self.state / "sites" / name / "state"
-        address = self.address(name, fleet_port)
+        address = self.address(name)
         if not (config / "site.key").exists():
             _command(
                 [
@@ -187,15 +201,12 @@ class Simulation:
             restart=False,
         )
 
-    def _control(self) -> Any:
-        return control(self.orchestrator, f"{LOOPBACK}:{self._control_port}")
-
     def _register(self) -> None:
         from federation.flower.clients import HTTPError
 
         assert self.supervisor is not None
         end = time.monotonic() + START_TIMEOUT
-        client = self._control()
+        client = self.control()
         while True:
             self.supervisor.look()
             try:
@@ -232,8 +243,8 @@ class Simulation:
         if resumed:
             console.print(f"study {study.name} goes on after: {history.phase}, round {history.done_rounds}")
         else:
-            with reaching(f"{LOOPBACK}:{self._control_port}"):
-                self._control().start(study.model_dump_json())
+            with reaching(self.control_address):
+                self.control().start(study.model_dump_json())
         history.ended = None
         self._watch(history, tail, console)
         self._await_report(study)
@@ -261,7 +272,7 @@ class Simulation:
 
     def _watch(self, history: History, tail: Tail, console: Console) -> None:
         assert self.supervisor is not None
-        watch(history, tail, console, self._look_again, self._doing)
+        watch(history, tail, console, self._look_again, self.doing)
 
     def _look_again(self) -> None:
         """A full disk at the orchestrator keeps its journal from saying so."""
@@ -269,7 +280,8 @@ class Simulation:
         self.supervisor.look()
         check_room(self.orchestrator)
 
-    def _doing(self, site: str) -> str:
+    def doing(self, site: str) -> str:
+        """What a site's worker does, in its own words; nothing where it has not said."""
         try:
             status = files.read_json(self.state / "sites" / site / "state" / "worker" / "status.json")
             return str(status.get("phase") or "")

@@ -106,7 +106,7 @@ def test_a_study_is_stopped_in_the_middle_of_a_round_and_resumed_to_the_same_byt
 ) -> None:
     stopped = study("stopped")
     simulation = federation.simulation
-    state, control = simulation.orchestrator, f"127.0.0.1:{simulation._control_port}"
+    state, control = simulation.orchestrator, simulation.control_address
     said: list[Done] = []
     federation.run_and_disturb(
         stopped, lambda: said.append(fednnunet("study", "stop", "stopped", "--state", state, cwd=tmp_path))
@@ -135,7 +135,7 @@ def test_a_stop_ends_the_work_of_a_round_that_would_take_hours_and_frees_the_dev
 ) -> None:
     endless = study("endless", iterations_per_epoch=10**6)
     simulation = federation.simulation
-    state, control = simulation.orchestrator, f"127.0.0.1:{simulation._control_port}"
+    state, control = simulation.orchestrator, simulation.control_address
     file = write_study(tmp_path / "endless.yaml", endless.model_dump(mode="json"))
     good(fednnunet("study", "submit", file, "--state", state, "--control", control, "--no-wait", cwd=tmp_path))
     wait_for(lambda: federation.works_on("hospital_a") == "train-fold_all-0001", 120, "round 1")
