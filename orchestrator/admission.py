@@ -34,8 +34,16 @@ class Admitted:
     nbytes: int
 
 
-def check_answer(task: Task, result: Result) -> None:
-    """Refuse an answer that does not belong to the task or lacks its report; raises FNU-507."""
+def check_answer(task: Task, result: Result, has_weights: bool) -> None:
+    """Refuse an answer that does not belong to the task, or lacks its report or its weights file; raises FNU-507.
+
+    Parameters
+    ----------
+    task, result : Task, Result
+        What was asked, and the answer.
+    has_weights : bool
+        Whether a weights file has come with it.
+    """
     if not result.answers(task):
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: an answer to another task than {task.key}")
     if result.failure is not None:
@@ -51,7 +59,7 @@ def check_answer(task: Task, result: Result) -> None:
     }[task.kind]
     if report is None:
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: {task.key} was answered without its report")
-    if (result.weights is not None) != (task.kind is Kind.TRAIN):
+    if (result.weights is not None) != (task.kind is Kind.TRAIN) or has_weights != (task.kind is Kind.TRAIN):
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: weights missing from or added to {task.key}")
     if result.preparation is not None:
         _check_preparation(task, result.preparation)

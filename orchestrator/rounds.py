@@ -314,6 +314,8 @@ class Exchange:
         """Record one fetched answer; returns "" when the site is settled, "again" or "full" to ask again."""
         task = sent.errand.task
         incoming = self._incoming(task)
+        result: Result | None = None
+        fields: dict[str, Any] = {}
         try:
             try:
                 received, result = future.result()
@@ -326,11 +328,13 @@ class Exchange:
                     self._journal.write("failed_answer", site=site, key=task.key, attempt=task.attempt, reason=reason)
                     outcome.missing[site] = reason
                     return ""
-                check_answer(task, result)
+                check_answer(task, result, received.has_weights)
+                if result.failure is None:
+                    fields = accept(task, result, incoming)
             except FednnunetError as error:
                 if error.code is Code.DISK_FULL:  # this machine's fault, not the site's
                     raise
-                self._refuse(task, None, incoming, error)
+                self._refuse(task, result, incoming, error)
                 outcome.missing[site] = f"{error.scrubbed()}: {error.found}"
                 return ""
             if result.failure is not None:
@@ -344,12 +348,6 @@ class Exchange:
                 if result.failure.retry and task.attempt < MAX_ATTEMPTS:
                     return "full"
                 outcome.missing[site] = result.failure.describe()
-                return ""
-            try:
-                fields = accept(task, result, incoming)
-            except FednnunetError as error:
-                self._refuse(task, result, incoming, error)
-                outcome.missing[site] = f"{error.scrubbed()}: {error.found}"
                 return ""
             size = len(received.body)
             if result.weights is not None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from federation import weights
 from federation.errors import Code, FednnunetError
 from federation.study import Aggregation, Study, parse
-from federation.tasks import Kind, Result, Task, Training
+from federation.tasks import Description, Kind, Result, Task, Training
 from federation.weights import TensorFile
 from orchestrator.admission import admit, check_answer
 from orchestrator.aggregation import sources
@@ -457,7 +457,7 @@ def perturbed(**changes: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_a_good_update_is_admitted_with_its_distance(tmp_path: Path) -> None:
     task, result, update = answered(tmp_path, perturbed())
-    check_answer(task, result)
+    check_answer(task, result, True)
     admitted = admit(task, result, update, tmp_path / "base", 12)
     assert admitted.cases == 12
     assert admitted.norm == pytest.approx(0.01 * math.sqrt(sum(math.prod(s) for s in SHAPES.values())), rel=1e-3)
@@ -557,7 +557,17 @@ def test_another_rounds_or_another_sites_answer_is_refused(tmp_path: Path) -> No
     task, result, _ = answered(tmp_path, perturbed())
     for other in (task.model_copy(update={"round": 3}), task.model_copy(update={"site": "b"})):
         with pytest.raises(FednnunetError) as caught:
-            check_answer(other, result)
+            check_answer(other, result, True)
+        assert caught.value.code is Code.RESULT_REFUSED
+
+
+def test_a_report_whose_weights_did_not_come_or_weights_nobody_asked_for_are_refused(tmp_path: Path) -> None:
+    task, trained, _ = answered(tmp_path, perturbed())
+    describe = Task(study=task.study, site=task.site, kind=Kind.DESCRIBE)
+    described = Result.answering(describe, description=Description(training_cases=5, test_cases=0))
+    for asked, result, has_weights in ((task, trained, False), (describe, described, True)):
+        with pytest.raises(FednnunetError, match="weights missing from or added to") as caught:
+            check_answer(asked, result, has_weights)
         assert caught.value.code is Code.RESULT_REFUSED
 
 

@@ -257,6 +257,28 @@ def test_an_answer_that_is_refused_goes_to_quarantine_and_the_others_count(journ
     assert [line["site"] for line in events(journal, "refused")] == ["b"]
 
 
+def test_an_answer_without_the_weights_that_it_speaks_of_costs_that_site_alone(journal: Journal) -> None:
+    outcome = ask(
+        SimulatedNetwork(
+            {"a": description, "b": lambda task: Received(description(task).model_dump_json(), True), "c": description}
+        ),
+        journal,
+        needed=2,
+    )
+    assert sorted(outcome.answers) == ["a", "c"]
+    assert "FNU-507" in outcome.missing["b"]
+
+
+def test_a_full_disk_here_is_not_a_sites_fault(journal: Journal) -> None:
+    def accept(task: Task, result: Result, update: Path) -> dict[str, Any]:
+        raise FednnunetError(Code.DISK_FULL, "no space left")
+
+    with pytest.raises(FednnunetError) as caught:
+        ask(SimulatedNetwork(dict.fromkeys("abc", description)), journal, accept=accept)
+    assert caught.value.code is Code.DISK_FULL
+    assert events(journal, "refused") == []
+
+
 @pytest.mark.parametrize(
     "answer",
     [
