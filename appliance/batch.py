@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,11 +240,22 @@ class Outputs:
                 "Give the --output of a prediction that has begun.",
             ) from error
 
-    def agree(self, settings: PredictionSettings, overwrite: bool, model: Mapping[str, bytes]) -> None:
+    def agree(
+        self, settings: PredictionSettings, overwrite: bool, model: Mapping[str, bytes], names: Collection[str]
+    ) -> None:
         """Make the folder one of these settings; raises FNU-158 where it holds predictions made otherwise.
 
-        Predictions that `nnUNetv2_predict` left there are not ours to judge: they are refused too. `model` holds the
-        files that nnU-Net's evaluation asks for, by name.
+        Parameters
+        ----------
+        settings : PredictionSettings
+            What the folder is to be predicted with.
+        overwrite : bool
+            Remove what this command has predicted otherwise. Of what it did not make, as `nnUNetv2_predict` leaves it,
+            the files of the cases are removed; any other file is somebody's, and is refused all the same.
+        model : Mapping
+            The files that nnU-Net's evaluation asks for, by name.
+        names : Collection of str
+            The cases.
         """
         path = self.own / "settings.json"
         with files.disk_errors(self.folder):
@@ -258,11 +269,16 @@ class Outputs:
                 if not overwrite:
                     raise FednnunetError(Code.PREDICTED_OTHERWISE, f"{self.folder}: other {', '.join(different)}")
                 self._clear(there.file_ending)
-            foreign = next(self.folder.glob(f"*{settings.file_ending}"), None)
-            if foreign is not None:
+            for foreign in sorted(self.folder.glob(f"*{settings.file_ending}")):
                 if not overwrite:
                     raise FednnunetError(Code.PREDICTED_OTHERWISE, f"{foreign} was not made by `appliance predict`")
-                self._clear(settings.file_ending)
+                if foreign.name.removesuffix(settings.file_ending) not in names:
+                    raise FednnunetError(
+                        Code.PREDICTED_OTHERWISE,
+                        f"{foreign} is of no case of the input, and was not made by `appliance predict`",
+                        "Give another folder: it is not removed.",
+                    )
+            self._clear(settings.file_ending)
             for name, data in model.items():
                 files.write_bytes(self.folder / name, data)
             files.write_bytes(path, settings.model_dump_json(indent=1).encode())

@@ -46,6 +46,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot, determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from appliance import devices
 from appliance.batch import Case, Failure, Outputs, PredictionSettings, Report, Shard, Summary, cases, mine
 from appliance.worker import nifti
 from federation import files, native
@@ -191,6 +192,8 @@ def load(folder: Path, options: Options) -> Model:
     options : Options
         Its folds, checkpoint, device and the rest.
     """
+    devices.require(torch, options.device)
+    native.use_threads(torch, options.device, options.threads)
     plans, dataset_json = _json(folder / "plans.json"), _json(folder / "dataset.json")
     folds = _folds(folder, options)
     digest = hashlib.sha256()
@@ -232,7 +235,7 @@ def load(folder: Path, options: Options) -> Model:
         use_gaussian=True,
         use_mirroring=options.mirroring,
         perform_everything_on_device=options.device.startswith("cuda"),
-        device=_device(options),
+        device=torch.device(options.device),
         verbose=False,
         allow_tqdm=False,
     )
@@ -277,16 +280,6 @@ def _folds(folder: Path, options: Options) -> tuple[str, ...]:
             f"wanted: {', '.join(wanted) or 'any'}",
         )
     return tuple(wanted)
-
-
-def _device(options: Options) -> torch.device:
-    kind = options.device.partition(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise FednnunetError(Code.DEVICE_MISSING, f"{options.device}: torch sees no GPU here")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise FednnunetError(Code.DEVICE_MISSING, options.device)
-    native.use_threads(torch, options.device, options.threads)
-    return torch.device(options.device)
 
 
 # ---- what the processes beside this one do
@@ -416,13 +409,18 @@ class _Nowhere(io.TextIOBase):
 
 
 def _predict(options: Options, started: float) -> Summary:
+    outputs = Outputs(options.outputs)
+    for option, folder in (("--input", options.inputs), ("--previous-stage", options.previous_stage)):
+        if folder is not None and outputs.folder.exists() and folder.exists() and outputs.folder.samefile(folder):
+            raise FednnunetError(
+                Code.SETTINGS_INVALID, f"--output is the folder of {option}: {folder}", "Give a folder of its own."
+            )
     with model_folder(options.model) as folder:
         model = load(folder, options)
     everything = cases(options.inputs, model.settings.file_ending)
     if options.previous_stage is not None and not options.previous_stage.is_dir():
         raise FednnunetError(Code.NOTHING_TO_PREDICT, f"--previous-stage {options.previous_stage} is no folder")
-    outputs = Outputs(options.outputs)
-    outputs.agree(model.settings, options.overwrite, model.files)
+    outputs.agree(model.settings, options.overwrite, model.files, [case.name for case in everything])
     lock = Lock(outputs.shard(options.shard))
     try:
         report = _Work(options, model, outputs, everything).run(started)
@@ -549,18 +547,19 @@ class _Work:
                 f"{case.name}: a process beside this one was killed",
                 "Most likely for want of memory: give more, or fewer --preprocessing-processes.",
             ) from error
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            self._fail(case, Code.OUT_OF_MEMORY, str(error).splitlines()[0])
         except OSError as error:
             if (numbered := files.disk_error(error, self._outputs.folder)) is not None:
                 raise numbered from error
             self._fail(case, Code.FILE_UNREADABLE, f"{error.strerror or error}")
         except Exception as error:
-            said = (str(error).strip().splitlines() or [repr(error)])[-1][:300]
-            if "CUDA error" in str(error):
-                raise FednnunetError(Code.PREDICTION_FAILED, f"{case.name}: the GPU fails: {said}") from error
-            self._fail(case, Code.PREDICTION_FAILED, f"{type(error).__name__}: {said}")
+            lines = str(error).strip().splitlines() or [repr(error)]
+            if devices.is_lost(error):
+                raise FednnunetError(Code.PREDICTION_FAILED, f"{case.name}: the GPU fails: {lines[0][:300]}") from error
+            if devices.is_out_of_memory(error):
+                torch.cuda.empty_cache()  # which does nothing where no GPU is in use
+                self._fail(case, Code.OUT_OF_MEMORY, lines[0][:300])
+            else:
+                self._fail(case, Code.PREDICTION_FAILED, f"{type(error).__name__}: {lines[-1][:300]}")
 
     def _fail(self, case: Case, code: Code, reason: str) -> None:
         self._failures.append(Failure(case=case.name, code=code.number, reason=reason))

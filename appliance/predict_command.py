@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +14,6 @@ import typer
 from federation import console, logs
 
 PREFIX = "FEDNNUNET_PREDICT_"
-
-
-class Device(StrEnum):
-    """Kinds of devices, for the help; cuda:N is taken too."""
-
-    CUDA = "cuda"
-    MPS = "mps"
-    CPU = "cpu"
 
 
 def predict(
@@ -85,7 +77,10 @@ def predict(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", min=1, envvar=f"{PREFIX}THREADS", show_default="torch's choice")
+        int | None,
+        typer.Option(
+            help="CPU threads.", min=1, envvar=f"{PREFIX}THREADS", show_default="one beside a GPU, else torch's choice"
+        ),
     ] = None,
     overwrite: Annotated[
         bool,
@@ -105,7 +100,7 @@ def predict(
     shard, and with --check of the whole folder, has a prediction.
     """
     started = time.perf_counter()
-    from appliance import batch
+    from appliance import batch, devices
     from federation.errors import Code, FednnunetError
 
     logs.lead(log_format, "predict")
@@ -118,7 +113,7 @@ def predict(
         raise FednnunetError(Code.SETTINGS_INVALID, "--model is missing", "Give the model's folder or zip.")
     part = batch.shard(shard)
     console.require("appliance", "nnunetv2", "torch")
-    if device.partition(":")[0] not in set(Device):
+    if not re.fullmatch(devices.PATTERN, device):
         raise FednnunetError(Code.SETTINGS_INVALID, f"--device {device}: cuda, cuda:N, mps or cpu")
     from appliance import inference
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from appliance import devices
 from federation import logs
 from federation.errors import Code, FednnunetError
 from federation.study import SITE_NAME
@@ -48,7 +49,7 @@ class Settings(BaseModel):
         Path("/config/coordinator.pub"), description="PEM public key of the coordinator, from the invitation."
     )
     policy: Path = Field(Path("/config/policy.toml"), description="What this hospital allows (appliance.link.policy).")
-    device: str = Field("cuda", pattern=r"^(cpu|mps|cuda(:[0-9]+)?)$", description="Device to train on (-device).")
+    device: str = Field("cuda", pattern=devices.PATTERN, description="Device to train on (-device).")
     preprocessing_processes: int = Field(4, ge=1, description="Processes for preprocessing and export (-np).")
     fingerprint_processes: int = Field(4, ge=1, description="Processes for reading the dataset (-npfp).")
     augmentation_processes: int | None = Field(

@@ -260,6 +260,24 @@ def test_predictions_made_otherwise_are_refused_unless_they_are_to_be_removed(
     shutil.copyfile(next(out.glob("*.nii.gz")), by_nnunet / "case_01.nii.gz")
     with numbered(Code.PREDICTED_OTHERWISE, "case_01"):
         whole.predict(by_nnunet, images)
+    whole.predict(by_nnunet, images, overwrite=True)
+    assert written(by_nnunet) == written(out)
+
+
+def test_overwriting_removes_nothing_but_predictions(whole: Batch, tmp_path: Path) -> None:
+    images = shutil.copytree(whole.images, tmp_path / "images")
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for name in ("case_01", "of_somebody"):
+        (labels / f"{name}.nii.gz").write_bytes(b"drawn by hand")
+    (tmp_path / "link").symlink_to(images)
+    before = [written(images), written(labels)]
+    with numbered(Code.PREDICTED_OTHERWISE, "of_somebody"):
+        whole.predict(labels, images, overwrite=True)
+    for out, options in ((images, {}), (tmp_path / "link", {}), (labels, {"previous_stage": labels})):
+        with numbered(Code.SETTINGS_INVALID, "--output is the folder of"):
+            whole.predict(out, images, overwrite=True, **options)
+    assert [written(images), written(labels)] == before
 
 
 def test_bad_input_is_refused_before_anything_is_written(whole: Batch, tmp_path: Path) -> None:
@@ -291,6 +309,7 @@ def test_bad_input_is_refused_before_anything_is_written(whole: Batch, tmp_path:
         return command(APPLIANCE, *whole.arguments(out, *more), cwd=tmp_path, **environment)
 
     refused(at("--shard", "3/3"), 112, "counted from 0")
+    refused(at("--device", "cuda:x"), 112, "cuda:N")
     refused(at("--shard", "one"), 112, "I/N")
     refused(at(JOB_COMPLETION_INDEX="1"), 112, "FEDNNUNET_PREDICT_SHARDS")
     refused(at("--device", "tpu"), 112, "tpu")
@@ -390,7 +409,7 @@ def test_of_two_shards_that_end_at_once_the_newer_summary_stays(
         file_ending=".nii.gz",
         nnunetv2="2",
     )
-    out.agree(settings, False, {})
+    out.agree(settings, False, {}, ["a", "b"])
     for index in (0, 1):
         out.shard(batch.Shard(index, 2)).mkdir()
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from appliance import devices
 from appliance import settings as site_settings
 from appliance.worker import process
 from federation import console, logs
@@ -26,7 +27,6 @@ log = logging.getLogger("fednnunet.worker")
 
 def environment(settings: site_settings.Settings) -> dict[str, str]:
     """The variables of nnU-Net and of the numerical libraries that follow from a site's settings."""
-    index = settings.device.partition(":")[2]
     variables = {
         "nnUNet_def_n_proc": str(settings.preprocessing_processes),
         "nnUNet_compile": "true" if settings.compiles else "false",
@@ -36,9 +36,8 @@ def environment(settings: site_settings.Settings) -> dict[str, str]:
         variables["nnUNet_n_proc_DA"] = str(settings.augmentation_processes)
     if settings.threads is not None:
         variables["OMP_NUM_THREADS"] = str(settings.threads)
-    if index:  # nnU-Net trains on the first device that it sees
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        variables["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if int(index) < len(visible) > 1 else index
+    if (seen := devices.visible(settings.device, os.environ)) is not None:  # nnU-Net trains on the first that it sees
+        variables["CUDA_VISIBLE_DEVICES"] = seen
     return variables
 
 

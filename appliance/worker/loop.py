@@ -30,6 +30,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from appliance import devices
 from appliance.settings import Settings
 from appliance.spool import Spool
 from appliance.worker import dataset
@@ -420,22 +421,14 @@ class Worker:
             code = error.code
         elif files.says_disk(error):
             code = Code.DISK_FULL
-        elif self._is_out_of_memory(error):
+        elif devices.is_out_of_memory(error):
             code = Code.OUT_OF_MEMORY
         return tasks.Failure(problems=[tasks.Count(code=code.number, count=1)], retry=code in RETRY)
-
-    @staticmethod
-    def _is_out_of_memory(error: Exception) -> bool:
-        if "torch" not in sys.modules:
-            return isinstance(error, MemoryError)
-        from appliance.worker.training import is_out_of_memory
-
-        return is_out_of_memory(error)
 
     def _after_failure(self, error: Exception, task: tasks.Task) -> bool:
         """Keep the traceback, throw the trainer away; True when the device is lost to this process."""
         self._report(error, task)
-        if self._is_device_lost(error):
+        if devices.is_lost(error):
             LOST.extend((error, self.trainer))
             return True
         traceback.clear_frames(error.__traceback__)  # they hold tensors
@@ -446,14 +439,6 @@ class Worker:
 
             release_memory()
         return False
-
-    @staticmethod
-    def _is_device_lost(error: Exception) -> bool:
-        if "torch" not in sys.modules:
-            return False
-        from appliance.worker.training import device_is_lost
-
-        return device_is_lost(error)
 
     def _report(self, error: Exception, task: tasks.Task | None) -> None:
         text = "".join(traceback.format_exception(error))

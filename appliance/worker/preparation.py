@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from appliance import devices
 from appliance.settings import Settings
 from appliance.worker.dataset import Examination
 from appliance.worker.planning import network, own_plan
@@ -72,8 +73,10 @@ def prepare(
         For a cascade FNU-310, 311, 312 when its first stage does not lie here, or does not fit.
     """
     study = task.study
+    import torch
+
     native.trainer_class(study.trainer)
-    check_device(settings)
+    devices.require(torch, settings.device.partition(":")[0])
     examination.require_good()
     plan = own_plan(workspace, examination) if study.mode == "asymfedavg" else _given_plan(task)
     plans = plan.plans
@@ -158,16 +161,6 @@ def _given_plan(task: tasks.Task) -> tasks.Plan:
         raise FednnunetError(Code.PLANS_HASH, f"their SHA-256 is {files.sha256_json(task.plan.plans)}")
     check_plans(task.plan.plans, task.study)
     return task.plan
-
-
-def check_device(settings: Settings) -> None:
-    """Raises FNU-706 when the device of the settings is not there."""
-    import torch
-
-    kind = settings.device.partition(":")[0]
-    there = kind == "cpu" or (torch.cuda if kind == "cuda" else torch.backends.mps).is_available()
-    if not there:
-        raise FednnunetError(Code.DEVICE_MISSING, settings.device)
 
 
 def find_cases(examination: Examination) -> tuple[list[Case], str]:

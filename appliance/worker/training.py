@@ -458,21 +458,6 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the host ran out of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-    )
-
-
-def device_is_lost(error: BaseException) -> bool:
-    """Whether an error leaves a CUDA context that nothing can use any more (only a new process helps)."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
-
-
 def keep_globals(folder: Path, digest: str, file: Path) -> Path:
     """Keep the global weights by their digest, and the last two alone; returns where they lie now."""
     target = folder / f"{digest}.safetensors"

@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Any
 
+from appliance import devices
 from appliance.settings import Settings
 from appliance.worker import process
 from appliance.worker.__main__ import environment
@@ -88,11 +89,8 @@ def training(settings: Settings, study: Study | None) -> dict[str, Any]:
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     from torch import nn
 
-    from appliance.worker.preparation import check_device
-    from appliance.worker.training import is_out_of_memory
-
-    check_device(settings)
     kind = settings.device.partition(":")[0]
+    devices.require(torch, kind)
     patch, batch = (GPU_PATCH, GPU_BATCH) if kind == "cuda" else (CPU_PATCH, CPU_BATCH)
     native.use_threads(torch, settings.device, settings.threads)
     torch.backends.cudnn.benchmark = kind == "cuda"
@@ -144,7 +142,7 @@ def training(settings: Settings, study: Study | None) -> dict[str, Any]:
         if times[0] < SLOW or kind == "cuda":
             times = [iteration() for _ in range(5)]
     except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             raise FednnunetError(Code.OUT_OF_MEMORY, str(error).splitlines()[0]) from error
         raise
     peak = (
@@ -169,10 +167,9 @@ def main() -> int:
     question = json.loads(sys.stdin.buffer.read())
     settings = Settings.model_validate(question["settings"])
     study = None if question["study"] is None else Study.model_validate(question["study"])
-    variables = environment(settings)
-    if sys.argv[1] == "device":
-        variables.pop("CUDA_VISIBLE_DEVICES", None)  # all of them are looked at, whichever the site chose
-    os.environ.update(variables)
+    if sys.argv[1] == "device":  # all of them are looked at, whichever the site chose
+        settings = settings.model_copy(update={"device": settings.device.partition(":")[0]})
+    os.environ.update(environment(settings))
     process.lead(threading.Event())
     process.refuse_network()
     try:
