@@ -20,6 +20,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federation import files, tasks
+from federation.errors import FednnunetError
+
+log = logging.getLogger("fednnunet.spool")
 
 WEIGHTS = "weights.safetensors"
 RELEASE = "release"
@@ -63,6 +67,7 @@ class Spool:
         self.root = root
         self.inbox = root / "inbox"
         self.outbox = root / "outbox"
+        self._left = set[Path]()
         with files.disk_errors(root):
             self.inbox.mkdir(parents=True, exist_ok=True)
             self.outbox.mkdir(parents=True, exist_ok=True)
@@ -125,11 +130,21 @@ class Spool:
     # the worker's side
 
     def waiting(self) -> list[tasks.Task]:
-        """Tasks without an answer that are not cancelled, oldest first."""
+        """Tasks without an answer that are not cancelled, oldest first.
+
+        One that this version does not understand, of a later version that was here before, is named once and left
+        where it lies: it holds up no other.
+        """
         found = []
         for body in unanswered(self.root):
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 found.append((body.stat().st_mtime_ns, tasks.parse_task(body.read_bytes())))
+            except FileNotFoundError:
+                continue
+            except FednnunetError as error:
+                if body not in self._left:
+                    self._left.add(body)
+                    log.warning("%s is left where it is: %s", body, error)
         return [task for _, task in sorted(found, key=lambda item: (item[0], item[1].key))]
 
     def take_release(self) -> bool:

@@ -122,7 +122,11 @@ class Chain:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             sync_directory(path.parent)
         data = path.read_bytes()
-        self.lines, good = _parse(path, data)
+        try:
+            self.lines, good = _parse(path, data)
+        except FednnunetError:
+            self.close()
+            raise
         if good < len(data):
             os.ftruncate(self._file, good)
             os.fsync(self._file)

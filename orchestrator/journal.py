@@ -27,7 +27,9 @@ Rules:
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,20 @@ def read_study(path: Path) -> Study:
         return Study.model_validate(files.read_json(path))
     except ValueError as error:
         raise FednnunetError(Code.JOURNAL_DAMAGED, f"{path} is no study, or of another version") from error
+
+
+def under_way(studies: Path) -> Iterator[Path]:
+    """Journals of the studies that have begun and not ended, by their last whole line."""
+    for journal in sorted(studies.glob("*/journal.jsonl")):
+        with open(journal, "rb") as stream:
+            stream.seek(max(0, journal.stat().st_size - 65536))
+            lines = stream.read().rpartition(b"\n")[0].splitlines()
+        try:
+            event = json.loads(lines[-1])["event"]
+        except (IndexError, ValueError, KeyError, TypeError):
+            event = ""  # the check of the whole file says what is wrong
+        if event not in ENDED:
+            yield journal
 
 
 class Journal:

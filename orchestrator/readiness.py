@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from federation import audit, endpoint
 from federation.errors import Code, FednnunetError
 from federation.processes import reach_loopback_directly
-from orchestrator.journal import ENDED
+from orchestrator.journal import under_way
 from orchestrator.server import Server
 
 _ANYWHERE = ("0.0.0.0", "::", "")  # noqa: S104 - what a listener was told, not what is listened at
@@ -35,23 +34,9 @@ def check(server: Server) -> None:
         _database(server.database)
     if server.role != "superlink":
         _answers(server, "control listener", control)
-        for journal in open_journals(server.state / "studies"):
+        for journal in under_way(server.state / "studies"):
             with _part(f"journal of study {journal.parent.name[:12]}"):
                 audit.verify(journal)
-
-
-def open_journals(studies: Path) -> Iterator[Path]:
-    """Journals of the studies that have begun and not ended, by their last whole line."""
-    for journal in sorted(studies.glob("*/journal.jsonl")):
-        with open(journal, "rb") as stream:
-            stream.seek(max(0, journal.stat().st_size - 65536))
-            lines = stream.read().rpartition(b"\n")[0].splitlines()
-        try:
-            event = json.loads(lines[-1])["event"]
-        except (IndexError, ValueError, KeyError, TypeError):
-            event = ""  # the check of the whole file says what is wrong
-        if event not in ENDED:
-            yield journal
 
 
 def _reached(host: str, port: int) -> str:

@@ -949,7 +949,8 @@ def test_a_renewal_needs_the_present_key_and_the_new_one(state: Path) -> None:
         ceremony.renew(state, flower, SITE, Request.renewal(SITE, new, present))
 
 
-def test_a_site_is_not_renamed_in_the_middle_of_a_study_nor_onto_another(state: Path) -> None:
+@pytest.mark.parametrize("end", ["done", "failed", "stopped"])
+def test_a_site_is_not_renamed_in_the_middle_of_a_study_nor_onto_another(state: Path, end: str) -> None:
     flower = FlowerInMemory()
     for name in ("hospital_a", "hospital_b"):
         ceremony.let_in(state, flower, name, enrollment._line_of(new_key()).encode())
@@ -961,7 +962,7 @@ def test_a_site_is_not_renamed_in_the_middle_of_a_study_nor_onto_another(state: 
     with numbered(Code.SITE_BUSY) as caught:
         ceremony.rename(state, "hospital_a", "clinic", lambda *_: None)
     assert "liver" in caught[0].found
-    chain.append("done")
+    chain.append(end)
     chain.close()
     with numbered(Code.SITE_TAKEN):
         ceremony.rename(state, "hospital_a", "hospital_b", lambda *_: None)
@@ -991,6 +992,23 @@ def test_private_files_are_private_and_the_folder_is_made_once(tmp_path: Path) -
         with numbered(Code.SETTINGS_INVALID):
             create(tmp_path / "other", [name])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("name", "part"), [("control.token", "token"), ("runtime.secret", "secret")])
+@pytest.mark.parametrize("empty", [b"", b"\n", b"changeme"])
+def test_a_secret_that_anybody_could_guess_is_not_used(state: Path, name: str, part: str, empty: bytes) -> None:
+    """A Kubernetes Secret made of a variable that was not set."""
+    authority = Authority(state / "authority")
+    (authority.folder / name).write_bytes(empty)
+    with numbered(Code.STATE_NOT_READY) as caught:
+        authority.check()
+    assert name in caught[0].found
+    good(
+        command(
+            FEDNNUNET, *caught[0].advice.rpartition("fednnunet ")[2].replace("STATE", str(state)).split(), cwd=state
+        )
+    )
+    authority.check()
 
 
 def test_an_authority_of_a_version_that_signed_nothing_gets_a_signing_key_and_keeps_the_rest(state: Path) -> None:

@@ -202,6 +202,8 @@ def test_control_wants_the_token(line: Line, token: str) -> None:
     with httpx.Client(verify=ssl.create_default_context(cafile=line.authority.ca)) as client:
         assert client.post(url, headers={b"authorization": f"Bearer {token}".encode()}).status_code == 401
         assert client.post(url).status_code == 401
+        bare = {"authorization": line.authority.token.read_text().strip()}
+        assert client.post(url, headers=bare).status_code == 401
 
 
 def test_the_status_page_wants_the_token_as_a_browser_sends_it_and_control_does_not_take_that(line: Line) -> None:

@@ -24,6 +24,7 @@ from appliance.link.policy import DEFAULT, Approvals, Policy, load, write_defaul
 from appliance.link.trust import Trust, allow_rewind
 from appliance.plain_words import in_plain_words
 from appliance.spool import WEIGHTS, Spool
+from appliance.worker import site_report
 from federation import signing, tasks, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
@@ -345,6 +346,37 @@ def test_more_weights_than_allowed_stay_in_the_house(house: House) -> None:
     house.answering = lambda task: trained(task).model_copy(update={"weights": large})
     refused(Code.POLICY_REFUSED, lambda: house.arrives(signed(a_task(Kind.TRAIN))))
     assert house.left == []
+    assert house.arrivals == [("accepted", None), ("refused", Code.POLICY_REFUSED.number)]
+
+
+def test_a_study_that_is_denied_while_the_worker_works_leaves_nothing_and_says_so(house: House) -> None:
+    def answering(task: Task) -> Result:
+        house.approvals.say(task.study, "denied")
+        return description(task)
+
+    house.answering = answering
+    refused(Code.STUDY_DENIED, lambda: house.arrives(signed(a_task())))
+    assert house.left == []
+    assert house.arrivals == [("accepted", None), ("refused", Code.STUDY_DENIED.number)]
+
+
+def test_what_a_later_version_left_here_holds_up_nothing(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """The version was rolled back: a stored study has fields that this one does not know."""
+    later = a_study(name="later")
+    house.approvals.meet(later)
+    house.spool.put_task(Task(study=later, site=SITE, kind=Kind.DESCRIBE), None)
+    for path in (house.folder / "studies" / f"{later.id}.json", *house.spool.inbox.glob("*/*/task.json")):
+        value = json.loads(path.read_bytes())
+        value["study"]["of_a_later_version"] = 1
+        path.write_text(json.dumps(value))
+    house.arrives(signed(a_task()))
+    assert [result.answers(a_task()) for result in [house.spool.result(a_task())] if result] == [True]
+    for _ in range(3):
+        assert house.spool.waiting() == []
+    assert [study.name for study, _ in house.approvals.all()] == [a_study().name]
+    assert [study.name for study in site_report.studies(house.spool)] == [a_study().name]
+    said = [record.getMessage() for record in caplog.records if "is left where it is" in record.getMessage()]
+    assert len([line for line in said if later.id in line]) == len(said) == len({*said})
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from appliance.link import policy
@@ -100,8 +101,10 @@ class Link:
                 timer.start()
                 self._cancelling[task.study.id + task.key] = timer
                 raise FednnunetError(Code.CANCELLED, f"the run ended during {task.key}")
-        self._policy().check_task(task, self._approvals.meet(task.study))
-        self._policy().check_answer(result)
+        with self._judged(task):
+            policy = self._policy()
+            policy.check_task(task, self._approvals.meet(task.study))
+            policy.check_answer(result)
         parcel = self._spool.result_parcel(task)
         self._ledger.leaving(result, parcel.body, parcel.weights)
         log.info("%s: %s", task.study.name, result.failure.describe() if result.failure else "done")
@@ -111,17 +114,23 @@ class Link:
     def _permit(self, task: Task, over: threading.Event) -> None:
         """Let a task pass the policy as it is when the task begins; outside its hours wait for them."""
         while True:
-            policy = self._policy()
-            try:
+            with self._judged(task):
+                policy = self._policy()
                 policy.check_task(task, self._approvals.meet(task.study))
-            except FednnunetError as error:
-                self._trust.refuse(task, error)
-                raise
             if policy.is_open(dt.datetime.now().time()):  # noqa: DTZ005 - the hospital's own clock
                 return
             log.info("%s waits: hours %s", task.study.name, policy.hours)
             if over.wait(HOURS_LOOK):
                 raise FednnunetError(Code.CANCELLED, f"the run ended before the hours of {task.key}")
+
+    @contextlib.contextmanager
+    def _judged(self, task: Task) -> Iterator[None]:
+        """What the policy refuses, at the entrance or at the exit, is written down."""
+        try:
+            yield
+        except FednnunetError as error:
+            self._trust.refuse(task, error)
+            raise
 
     def _forget_earlier(self, task: Task) -> None:
         """A new task of a fold means that the round before it is recorded at the orchestrator: free its weights."""

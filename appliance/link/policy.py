@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import re
 import tomllib
 from pathlib import Path
@@ -24,6 +25,8 @@ from federation import files
 from federation.errors import Code, FednnunetError
 from federation.study import Study
 from federation.tasks import Kind, Result, Task
+
+log = logging.getLogger("fednnunet.policy")
 
 StudyId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _HOURS = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")
@@ -177,11 +180,15 @@ class Approvals:
         self._write(study, said)
 
     def all(self) -> list[tuple[Study, str | None]]:
-        """Every study that has been asked for here, by name."""
-        found = [files.read_json(path) for path in sorted(self.folder.glob("*.json"))]
-        return sorted(
-            ((Study.model_validate(entry["study"]), entry["said"]) for entry in found), key=lambda item: item[0].name
-        )
+        """Every study that has been asked for here, by name; one of a later version is left out, and said."""
+        found: list[tuple[Study, str | None]] = []
+        for path in sorted(self.folder.glob("*.json")):
+            entry = files.read_json(path)
+            try:
+                found.append((Study.model_validate(entry["study"]), entry["said"]))
+            except ValidationError:
+                log.warning("%s is left out: it holds no study that this version understands", path)
+        return sorted(found, key=lambda item: item[0].name)
 
     def find(self, given: str) -> Study:
         """The one study that is called so; raises FNU-130."""

@@ -115,12 +115,7 @@ class Worker:
         self.status.task(None, "waiting")
         self._sweep()
         while not self.stop.is_set():
-            try:
-                waiting = self.spool.waiting()
-            except FednnunetError as error:
-                self._report(error, None)
-                self.stop.wait(PAUSE)
-                continue
+            waiting = self.spool.waiting()
             if not waiting:
                 self._use_the_time()
                 self.stop.wait(self.settings.poll)

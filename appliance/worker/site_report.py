@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,12 +139,13 @@ class SiteStudy:
 
 
 def studies(spool: Spool) -> list[Study]:
-    """Every study that has asked this site something, by its name."""
+    """Every study that has asked this site something, by its name; none that this version does not understand."""
     found = []
     for folder in spool.inbox.iterdir():
         body = next(iter(sorted(folder.glob("*/task.json"))), None)
         if body is not None:
-            found.append(tasks.parse_task(body.read_bytes()).study)
+            with contextlib.suppress(FednnunetError):
+                found.append(tasks.parse_task(body.read_bytes()).study)
     return sorted(found, key=lambda study: (study.name, study.id))
 
 

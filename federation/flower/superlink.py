@@ -113,8 +113,10 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _authorised(self, scope: Any) -> bool:
-        sent = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        return hmac.compare_digest(hashlib.sha256(sent).digest(), self._token)
+        sent = dict(scope["headers"]).get(b"authorization", b"")
+        if not sent.startswith(b"Bearer "):
+            return False
+        return hmac.compare_digest(hashlib.sha256(sent.removeprefix(b"Bearer ")).digest(), self._token)
 
     def _authorised_person(self, scope: Any) -> bool:
         sent = dict(scope["headers"]).get(b"authorization", b"")

@@ -41,7 +41,8 @@ from federation.errors import Code, FednnunetError
 
 DAYS = 825
 CA_DAYS = 3650
-WARN_DAYS = 30
+SHORTEST = 32
+"""Characters of a token or a secret, at least: `rotate` makes 43 and 64."""
 _PEM = serialization.Encoding.PEM
 _PLAIN = serialization.NoEncryption()
 
@@ -137,6 +138,14 @@ class Authority:
                     "Made by an earlier version: run `fednnunet federation rotate STATE signing-key` once."
                     if mended
                     else "Run `fednnunet federation init STATE --name HOST` first.",
+                )
+
+        for path, what in ((self.token, "token"), (self.secret, "secret")):
+            if len(path.read_bytes().strip()) < SHORTEST:
+                raise FednnunetError(
+                    Code.STATE_NOT_READY,
+                    f"{path} is empty or too short: whoever reaches the listener could guess it",
+                    f"Make another: fednnunet federation rotate STATE {what}",
                 )
 
     def signing(self) -> ed25519.Ed25519PrivateKey:

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from federation.audit import read
 from federation.enrollment import Request, public_line
 from federation.errors import Code, FednnunetError
 from orchestrator.enrollment.invitations import Invitations
 from orchestrator.enrollment.registry import Registry, Site, check_name
 from orchestrator.enrollment.waiting import Waiting
+from orchestrator.journal import under_way
 
 HAND = "hand"
 
@@ -185,12 +185,11 @@ def rename(state: Path, old: str, new: str, in_flower: Callable[[str, str], None
 def studies_under_way(state: Path, site: str) -> list[str]:
     """Names of the studies with this site that have begun and not ended."""
     found = []
-    for journal in sorted((state / "studies").glob("*/journal.jsonl")):
-        marks = [line["event"] for line in read(journal) if line["event"] in ("opened", "done", "failed")]
+    for journal in under_way(state / "studies"):
         try:
             study = json.loads((journal.parent / "study.json").read_bytes())
         except (OSError, ValueError):
             continue
-        if site in study.get("sites", ()) and marks[-1:] not in (["done"], ["failed"]):
+        if site in study.get("sites", ()):
             found.append(str(study.get("name")))
     return found
