@@ -263,8 +263,7 @@ class Study(BaseModel):
             raise ValueError(f"quorum {self.quorum} is more than the {len(self.sites)} sites")
         if self.labels.get("background") != 0:
             raise ValueError("labels must hold `background: 0`")
-        regions = any(isinstance(value, list) for value in self.labels.values())
-        if regions and self.regions_class_order is None:
+        if self.has_regions and self.regions_class_order is None:
             raise ValueError("labels hold regions: regions_class_order is needed")
         if "ignore" in self.labels and self.labels["ignore"] != max(self.label_values()):
             raise ValueError("the label `ignore` must have the highest number (nnU-Net's rule)")
@@ -285,7 +284,7 @@ class Study(BaseModel):
         ):
             if fault is not None:
                 raise ValueError(fault)
-        if regions and self.trainer in trainers.WITHOUT_REGIONS:
+        if self.has_regions and self.trainer in trainers.WITHOUT_REGIONS:
             raise ValueError(f"{self.trainer} knows no regions: use another trainer, or labels without regions")
         return self
 
@@ -347,6 +346,24 @@ class Study(BaseModel):
         if self.pretrained_weights is not None:
             return "compare does not go with pretrained_weights: a site alone would begin without them"
         return None
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether a label is a region, of several numbers (nnU-Net's `LabelManager.has_regions`)."""
+        return any(isinstance(value, list) and len(value) > 1 for value in self.labels.values())
+
+    @property
+    def label_keys(self) -> dict[str, str]:
+        """The name of each foreground label or region, and nnU-Net's key for it in a summary.json.
+
+        Source: nnunetv2 2.8.1, `LabelManager` and `label_or_region_to_key`.
+        """
+        found = {}
+        for name, value in self.labels.items():
+            numbers = value if isinstance(value, list) else [value]
+            if name != "ignore" and set(numbers) != {0}:
+                found[name] = str(tuple(numbers)) if self.has_regions and isinstance(value, list) else str(numbers[0])
+        return found
 
     def label_values(self) -> set[int]:
         """Every number that may stand in a label file."""

@@ -152,24 +152,14 @@ def summary(study: Study, reports: Sequence[tasks.Validation]) -> dict[str, Any]
     which.
     """
     kind = "validation" if any(report.validation for report in reports) else "test"
-    regions = any(isinstance(value, list) and len(value) > 1 for value in study.labels.values())
     mean = {}
-    for name, value in study.labels.items():
-        if name in ("background", "ignore"):
-            continue
+    for name, key in study.label_keys.items():
         pooled = pool_scores(getattr(report, kind)[name] for report in reports if name in getattr(report, kind))
         if pooled.cases:
-            mean[_summary_key(value, regions)] = {"Dice": pooled.mean, "Dice_std": pooled.std, "cases": pooled.cases}
+            mean[key] = {"Dice": pooled.mean, "Dice_std": pooled.std, "cases": pooled.cases}
     values = [entry["Dice"] for entry in mean.values() if entry["Dice"] is not None]
     foreground = {"Dice": math.fsum(values) / len(values)} if values else {}
     return {"cases_of": kind, "foreground_mean": foreground, "mean": mean, "metric_per_case": []}
-
-
-def _summary_key(value: int | list[int], regions: bool) -> str:
-    """nnU-Net's key of a label or region in a summary (`label_or_region_to_key`)."""
-    if isinstance(value, int):
-        return str(value)
-    return str(tuple(value)) if regions else str(value[0])
 
 
 def _in_child(

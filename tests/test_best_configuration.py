@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,6 @@ def site_report(folder: Path, site: str, fold: int) -> dict[str, Any]:
     """What a site would report of its held-out cases: nnU-Net's metrics, reduced by the appliance's own function."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     from appliance.worker.validation import scores
 
@@ -62,8 +60,8 @@ def site_report(folder: Path, site: str, fold: int) -> dict[str, Any]:
         compute_metrics(str(path), str(folder / "predicted" / path.name), SimpleITKIO(), [1, 2])
         for path in sorted((folder / "reference").glob(f"{site}_*"))[fold::5]
     ]
-    trainer = SimpleNamespace(label_manager=LabelManager(LABELS, None), dataset_json={"labels": LABELS})
-    validation = {name: score.model_dump() for name, score in scores(trainer, per_case).items()}
+    study = parse(phantom_study(SITES, labels=LABELS))
+    validation = {name: score.model_dump() for name, score in scores(study, per_case).items()}
     return {"validation": validation, "validation_cases": len(per_case), "seconds": 1.0}
 
 

@@ -135,3 +135,26 @@ def test_a_field_that_a_later_version_adds_leaves_the_id_of_a_study_under_way() 
     spelt_out = parse(given).model_dump(mode="json")
     assert parse(spelt_out).id == parse(given).id, "defaults written down are the same study"
     assert parse({**given, "aggregation": {"method": "mean", "max_update_ratio": 9.0}}).id != parse(given).id
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ({"background": 0, "organ": 1, "lesion": 2}, None),
+        ({"background": 0, "lesion": [1], "ignore": 2}, None),
+        ({"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, [1, 2]),
+        ({"background": 0, "whole": [1, 2, 3], "core": 2, "rest": 3}, [1, 2, 3]),
+    ],
+)
+def test_labels_have_the_keys_that_nnunet_writes_into_a_summary(
+    labels: dict[str, Any], order: list[int] | None
+) -> None:
+    from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    study = parse(phantom_study(["a", "b"], labels=labels, regions_class_order=order))
+    manager = LabelManager(labels, order)
+    written = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    assert list(study.label_keys.values()) == [label_or_region_to_key(each) for each in written]
+    assert list(study.label_keys) == [name for name in labels if name not in ("background", "ignore")]
+    assert study.has_regions is manager.has_regions

@@ -120,7 +120,7 @@ class SiteStudy:
         folder = (workspace or self.workspace).model(plans) / f"fold_{fold}" / kind
         if not (folder / "summary.json").exists():
             return []
-        labels = _labels(self.study)
+        labels = self.study.label_keys
         found = []
         for entry in files.read_json(folder / "summary.json")["metric_per_case"]:
             path = Path(entry["prediction_file"])
@@ -147,18 +147,6 @@ def studies(spool: Spool) -> list[Study]:
             with contextlib.suppress(FednnunetError):
                 found.append(tasks.parse_task(body.read_bytes()).study)
     return sorted(found, key=lambda study: (study.name, study.id))
-
-
-def _labels(study: Study) -> dict[str, str]:
-    """The study's name of each foreground label or region, and nnU-Net's key for it in a summary."""
-    found = {}
-    regions = any(isinstance(value, list) for value in study.labels.values())
-    for name, value in study.labels.items():
-        values = value if isinstance(value, list) else [value]
-        if name in ("background", "ignore") or values == [0]:
-            continue
-        found[name] = str(tuple(values)) if regions and isinstance(value, list) else str(values[0])
-    return found
 
 
 def write(spool: Spool, work: Path, study_id: str, output: Path | None = None) -> Path:
@@ -287,7 +275,7 @@ def compared(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> li
     if not all(by_name.values()):
         return []
     found = []
-    for label in _labels(told.study):
+    for label in told.study.label_keys:
         known = {
             name: {case.name: value for case in cases if (value := case.dice[label]) is not None}
             for name, cases in by_name.items()
@@ -401,7 +389,7 @@ def _label_values(study: Study) -> dict[str, list[int]]:
     return {
         name: value if isinstance(value, list) else [value]
         for name, value in study.labels.items()
-        if name in _labels(study)
+        if name in study.label_keys
     }
 
 

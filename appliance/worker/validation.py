@@ -34,6 +34,7 @@ from appliance.worker.dataset import Case
 from appliance.worker.training import FoldTrainer
 from appliance.worker.workspace import Control
 from federation import files, native, tasks
+from federation.study import Study
 
 
 def validate(
@@ -65,23 +66,23 @@ def validate(
         shutil.rmtree(folder, ignore_errors=True)
         trainer.perform_actual_validation(study.save_probabilities)
         per_case = files.read_json(folder / "summary.json")["metric_per_case"]
-        report["validation"] = scores(trainer, per_case)
+        report["validation"] = scores(study, per_case)
         report["validation_cases"] = len(per_case)
     if test_cases:
         per_case = _predict_test_cases(fold_trainer, test_cases, control)
-        report["test"] = scores(trainer, per_case)
+        report["test"] = scores(study, per_case)
         report["test_cases"] = len(per_case)
     return tasks.Validation(seconds=round(time.perf_counter() - started, 3), **report)
 
 
-def scores(trainer: Any, per_case: Sequence[Mapping[str, Any]]) -> dict[str, tasks.LabelScore]:
+def scores(study: Study, per_case: Sequence[Mapping[str, Any]]) -> dict[str, tasks.LabelScore]:
     """Dice over cases for each label of the study, by the label's name.
 
     `per_case` is nnU-Net's `metric_per_case`: `metrics` by label or region, a case in which the label neither occurs
     nor was predicted has no Dice (NaN) and does not count.
     """
     result = {}
-    for name, key in label_keys(trainer).items():
+    for name, key in study.label_keys.items():
         values = []
         for case in per_case:
             metrics = {str(label): value for label, value in case["metrics"].items()}
@@ -95,18 +96,6 @@ def scores(trainer: Any, per_case: Sequence[Mapping[str, Any]]) -> dict[str, tas
             cases=len(values),
         )
     return result
-
-
-def label_keys(trainer: Any) -> dict[str, str]:
-    """The study's name of each foreground label or region, and nnU-Net's key for it in a summary."""
-    manager = trainer.label_manager
-    wanted = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    names = {}
-    for name, value in trainer.dataset_json["labels"].items():
-        key = value if isinstance(value, int) else tuple(value) if manager.has_regions else value[0]
-        if key in wanted:
-            names[name] = str(key)
-    return names
 
 
 def _predict_test_cases(fold_trainer: FoldTrainer, cases: Mapping[str, Case], control: Control) -> list[dict[str, Any]]:

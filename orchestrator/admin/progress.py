@@ -207,9 +207,8 @@ def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> T
     table.add_column("held-out cases")
     parsed = {site: Validation.model_validate(value) for site, value in sites.items()}
     labels = sorted({label for value in parsed.values() for label in (*value.test, *value.validation)})
-    names = {str(value): name for name, value in study.labels.items()}
     for label in labels:
-        table.add_column(names.get(label, label), justify="right")
+        table.add_column(label, justify="right")
     for site, value in parsed.items():
         scores, cases, kind = (
             (value.test, value.test_cases, "imagesTs")
