@@ -83,6 +83,28 @@ def test_a_round_cut_short_and_done_again_gives_the_same_bytes(tmp_path: Path, m
     assert files.sha256_of(site.update(second)) == expected
 
 
+def test_a_validation_that_is_cancelled_ends_at_the_next_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, phases = prepared_site(tmp_path), list[str]()
+    first, validate = site.task(TRAIN, 1), site.task(tasks.Kind.VALIDATE)
+    site.ask(first, initial_weights())
+    site.put(validate, site.update(first))
+
+    def phase(text: str) -> None:
+        phases.append(text)
+        if text == "validating fold 0: held-out case 1":
+            site.spool.cancel(validate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.worker.status, "phase", phase)
+        (waiting,) = site.spool.waiting()
+        assert site.worker.handle(waiting)
+    assert [text for text in phases if "held-out" in text] == ["validating fold 0: held-out case 1"]
+    assert site.spool.result(validate) is None
+    again = site.ask(validate, site.update(first))
+    assert again.validation is not None
+    assert again.validation.validation_cases == 2
+
+
 def test_a_warm_round_builds_nothing(tmp_path: Path) -> None:
     site = prepared_site(tmp_path)
     first = site.ask(site.task(TRAIN, 1), initial_weights())

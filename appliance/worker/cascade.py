@@ -32,7 +32,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from appliance.settings import Settings
 from appliance.worker.dataset import Case
-from appliance.worker.training import FederatedTraining, release_memory
+from appliance.worker.training import federated, release_memory
 from appliance.worker.workspace import Control, Workspace
 from federation import files, native
 from federation.errors import Code, FednnunetError
@@ -176,21 +176,6 @@ def predict_test_cases(
     return {name: str(folder) for name, folder in folders.items()}
 
 
-class _FirstStageTraining(FederatedTraining):
-    """A trainer that only predicts; the task may end at every case, which nnU-Net names in its log."""
-
-    control = Control()
-    fold: int | str
-    predicted = 0
-
-    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
-        if args and str(args[0]).startswith("predicting "):
-            self.control.check()
-            self.predicted += 1
-            self.control.phase(f"{LOWRES}, fold {self.fold}: predicting training case {self.predicted}")
-
-
 def _trainer(
     first: FirstStage, fold: str, workspace: Workspace, settings: Settings, plans: Mapping[str, Any], control: Control
 ) -> Any:
@@ -198,14 +183,14 @@ def _trainer(
     control.check()
     native.use_threads(torch, settings.device, settings.threads)
     base = native.trainer_class(first.trainer)
-    trainer = type(base.__name__, (_FirstStageTraining, base), {"__module__": __name__})(
+    trainer = federated(base)(
         {**plans, "continue_training": False},
         LOWRES,
         native.fold_of(fold),
         workspace.dataset_json(),
         torch.device(settings.device.partition(":")[0]),
     )
-    trainer.control = control
+    trainer.predicts(control, f"{LOWRES}, fold {fold}: predicting training case")
     trainer.initialize()
     content = _checkpoint(first, fold)
     native.plain_network(trainer.network).load_state_dict(content["network_weights"])
@@ -215,8 +200,10 @@ def _trainer(
 
 def _checkpoint(first: FirstStage, fold: str) -> dict[str, Any]:
     path = first.model / f"fold_{fold}" / native.CHECKPOINT
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content
+    try:
+        return native.load_checkpoint(torch, path)
+    except native.BAD_CHECKPOINT as error:
+        raise FednnunetError(Code.FIRST_STAGE_MISSING, f"{path} cannot be read: {type(error).__name__}") from error
 
 
 def _ensemble(

@@ -84,6 +84,13 @@ class FederatedTraining:
     """What a federated trainer does otherwise than nnU-Net's; mixed in before nnU-Net's class."""
 
     log_file: str
+    control = Control()
+    predicting = ""
+    predicted = 0
+
+    def predicts(self, control: Control, what: str) -> None:
+        """A validation follows: it may end at every case, and says how many it has begun, after `what`."""
+        self.control, self.predicting, self.predicted = control, what, 0
 
     def save_checkpoint(self, filename: str) -> None:
         """Nothing: the state between rounds is `after-ROUND`, the model is written by Finish."""
@@ -96,6 +103,10 @@ class FederatedTraining:
         stamp = [f"{datetime.now().astimezone().isoformat(timespec='milliseconds')}:"] if add_timestamp else []
         with open(self.log_file, "a", encoding="utf-8") as stream:
             print(*stamp, *args, file=stream)
+        if args and str(args[0]).startswith("predicting "):  # nnU-Net's validation names each case that it begins
+            self.control.check()
+            self.predicted += 1
+            self.control.phase(f"{self.predicting} {self.predicted}")
 
     def plot_network_architecture(self) -> None:
         """Nothing: it needs a package that is not there."""

@@ -61,7 +61,7 @@ def validate(
     trainer, study = fold_trainer.trainer, fold_trainer.study
     report: dict[str, Any] = {}
     if fold_trainer.fold != "all":
-        control.phase("validating on the fold's held-out cases")
+        trainer.predicts(control, f"validating fold {fold_trainer.fold}: held-out case")
         folder = Path(trainer.output_folder) / "validation"
         shutil.rmtree(folder, ignore_errors=True)
         trainer.perform_actual_validation(study.save_probabilities)
