@@ -154,7 +154,7 @@ def test_the_sites_report_says_plainly_where_federation_lost(asked: tuple[Site, 
         {},
     )
     assert parts[0].kind == "bad"
-    assert "for tumour: the federated model is worse than our own training alone" in parts[0].text
+    assert "for tumour (2 cases): the federated model is worse than our own training alone" in parts[0].text
     assert Compared("x", ["a"], {}, (0.5, 0.5, 0.5)).verdict == "no clear difference", "one case decides nothing"
     assert "HD95 local, mm" in section
     assert section.count("data:image/png") == 2

@@ -306,12 +306,13 @@ def test_appliance_report_writes_it_again_and_says_which_studies_there_are(
     refused(appliance("report", "other", "--config", settings, cwd=tmp_path), 120, "blobs")
 
 
-def test_an_interval_is_the_same_each_time_and_holds_the_mean() -> None:
+def test_an_interval_is_the_same_each_time_and_wide_where_cases_are_few() -> None:
     from appliance.worker.site_report import interval
 
     values = [0.5, 0.7, 0.8, 0.9, 0.95, 0.6]
     low, high = interval(values)
     assert 0.5 < low < float(np.mean(values)) < high < 0.95
     assert interval(values) == (low, high)
+    assert interval([0.001, 0.006, 0.005, -0.001])[0] < 0 < interval([0.001, 0.006, 0.005, -0.001])[1]
     assert interval([0.7]) == (0.7, 0.7)
     assert interval([0.7, 0.7]) == (0.7, 0.7)

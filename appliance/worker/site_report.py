@@ -34,7 +34,6 @@ from federation.study import Study
 FILE = "report.html"
 WORST = 6
 MOST_CASES = 200
-SEED = 12345
 FEDERATED = "federated"
 MODELS = (comparison.LOCAL, FEDERATED, comparison.PERSONALISED)
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "pseudo_dice": "pseudo-Dice"}
@@ -216,7 +215,7 @@ def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
             for label in cases[0].dice:
                 values = [value for case in cases if (value := case.dice[label]) is not None]
                 if values:
-                    low, high = interval(values)
+                    low, high = np.clip(interval(values), 0.0, 1.0)
                     means.append(Score(label, float(np.mean(values)), float(np.std(values)), min(values)))
                     between = f"{number(low)} to {number(high)}" if len(values) > 1 else "-"
                     rows.append([label, str(len(values)), number(means[-1].mean), between, number(min(values))])
@@ -230,8 +229,8 @@ def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
     if parts:
         parts.append(
             Text(
-                "The interval is a bootstrap over cases (percentiles): with few cases it is wide, and it says nothing "
-                "about other hospitals' patients."
+                "The interval is Student's over cases: with few cases it is wide, and it says nothing about other "
+                "hospitals' patients."
             )
         )
     return parts
@@ -250,7 +249,7 @@ class Compared:
     dice : dict
         By `local`, `federated`, `personalised`, in the order of `cases`.
     difference : tuple
-        Mean of federated - local, and its 95 % interval (paired bootstrap over cases).
+        Mean of federated - local, and its 95 % interval (Student, over the cases' differences).
     """
 
     label: str
@@ -300,8 +299,8 @@ def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
             Text(
                 "Local: trained here alone, from the same first weights, for as many epochs as the federation. "
                 f"Personalised: the federated model after {told.study.personalise_epochs} more epochs on our cases. "
-                "The interval is a paired bootstrap over our cases (one training of each, so chance in training is not "
-                "in it); with several labels one may look better or worse by chance."
+                "The interval is Student's over our cases' differences (one training of each, so chance in training is "
+                "not in it); with several labels one may look better or worse by chance."
             )
         )
     return parts
@@ -314,7 +313,7 @@ def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[st
         ("better", "good", "the federated model is better than our own training alone"),
         ("no clear difference", "warn", "no clear difference between the federated model and our own training alone"),
     ):
-        labels = [one.label for one in entries if one.verdict == verdict]
+        labels = [f"{one.label} ({len(one.cases)} cases)" for one in entries if one.verdict == verdict]
         if labels:
             parts.append(Text(f"On our {what}, for {', '.join(labels)}: {words}.", kind))
     rows = []
@@ -401,13 +400,17 @@ def _reader(plans: dict[str, Any]) -> Any:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean (2000 resamples of the cases, percentiles, seeded)."""
+    """95 % interval of the mean (Student's t).
+
+    A bootstrap's percentiles are too narrow for the few cases that a site has: of four normal values they hold the mean
+    in 79 % of all draws, of ten in 91 %.
+    """
     if len(values) < 2 or min(values) == max(values):
         return float(min(values)), float(max(values))
-    from scipy.stats import bootstrap
+    from scipy.stats import sem, t
 
-    drawn = bootstrap((np.asarray(values),), np.mean, n_resamples=2000, method="percentile", rng=SEED)
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    low, high = t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
+    return float(low), float(high)
 
 
 def _pictures(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
