@@ -439,6 +439,13 @@ class Code(Enum):
     TLS_FAILED = (615, "No TLS comes about", "Check the port; ask IT whether a firewall cuts TLS.")
     LINE_TOO_SLOW = (616, "The line is too slow for a study", "Ask IT for more bandwidth.")
 
+    NOT_LET_IN = (
+        617,
+        "The orchestrator does not let this site in",
+        "Nothing here, if the request is on its way: this appliance asks again until the coordinator has approved it. "
+        "Else ask the coordinator whether the site was revoked, and whether its key is in use on another machine.",
+    )
+
     SIGNATURE_REFUSED = (
         620,
         "A message without a signature that holds",

@@ -397,11 +397,10 @@ def describe_full(path: Path, digest: str | None = None) -> Weights:
     return Weights(encoding="full", file_sha256=digest, nbytes=path.stat().st_size, digest=digest)
 
 
-def describe_difference(path: Path, base: str, digest: str) -> Weights:
+def describe_difference(path: Path, base: str, digest: str, file_sha256: str | None = None) -> Weights:
     """The `Weights` of a difference file to the weights `base` that gives the weights `digest`."""
-    return Weights(
-        encoding="difference", file_sha256=sha256_of(path), nbytes=path.stat().st_size, base=base, digest=digest
-    )
+    file_sha256 = file_sha256 or sha256_of(path)
+    return Weights(encoding="difference", file_sha256=file_sha256, nbytes=path.stat().st_size, base=base, digest=digest)
 
 
 def describe_held(digest: str) -> Weights:

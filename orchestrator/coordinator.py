@@ -310,6 +310,7 @@ class Conductor:
             first = {site: journal.first_weights / name for site, name in journal.state.layers["first"].items()}
             digest = self._views.begin(fold, first)
             journal.write("weights", fold=fold, round=0, digest=digest)
+        journal.forget_round(fold, journal.state.weights[fold][0])  # a kill after the line may have kept them
         while (done := journal.state.weights[fold][0]) < study.rounds:
             self._round(fold, done + 1)
         if fold == study.folds[-1] and journal.state.exported is None and study.one_model:
@@ -329,7 +330,8 @@ class Conductor:
             if before is not None and holds == before:
                 difference = self._views.difference(fold, number, site)
                 if difference is not None:
-                    return weights.describe_difference(difference, before, digest), difference
+                    file, sha256 = difference
+                    return weights.describe_difference(file, before, digest, sha256), file
             return weights.describe_full(path, digest), path
 
         return carried

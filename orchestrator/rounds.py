@@ -252,6 +252,8 @@ class Exchange:
                 expired.set()
         for sent in outstanding.values():
             self._carrier.withdraw(sent.message_id)
+        for _, sent in fetching.values():  # an answer that was whole just as the time was over
+            self._incoming(sent.errand.task).unlink(missing_ok=True)
         for site in open_sites():
             outcome.missing[site] = reasons.get(site, "offline")
         return outcome

@@ -66,16 +66,22 @@ class Views:
         """The weights after a round, float32, as a site knows them."""
         return self._view(self._journal.global_file(fold, number), site)
 
-    def difference(self, fold: str, number: int, site: str) -> Path | None:
-        """The same as a difference to the round before; None where there is none."""
+    def difference(self, fold: str, number: int, site: str) -> tuple[Path, str] | None:
+        """The same as a difference to the round before, and its SHA-256; None where there is none."""
         store = self._journal.round_folder(fold, number) / "difference.safetensors"
-        return self._view(store, site) if store.exists() else None
+        if not store.exists():
+            return None
+        path = self._view(store, site)
+        return path, self._sha256(path)
 
     def digest(self, fold: str, number: int, site: str) -> str | None:
         """SHA-256 of `weights`; None when the store is gone or was never there."""
         if number < 0 or not self._journal.global_file(fold, number).exists():
             return None
-        path = self.weights(fold, number, site)
+        return self._sha256(self.weights(fold, number, site))
+
+    def _sha256(self, path: Path) -> str:
+        """Of a file that is never changed; read once, however many sites get it."""
         if path not in self._digests:
             self._digests = {old: digest for old, digest in self._digests.items() if old.exists()}
             self._digests[path] = files.sha256_of(path)

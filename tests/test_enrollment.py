@@ -37,7 +37,7 @@ import hypothesis.strategies
 import pytest
 import typer.main
 import yaml
-from commands import APPLIANCE, COLUMNS, FEDNNUNET, Done, good, refused
+from commands import APPLIANCE, COLUMNS, FEDNNUNET, Done, begin, end, good, refused
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -348,6 +348,29 @@ def test_a_key_that_is_not_registered_is_refused_by_the_superlink(federation: Fe
     fleet = clients.fleet_client(federation.fleet, ca, tmp_path / "site.key", max_time=5)
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         clients.deactivate(fleet, 1)
+
+
+def test_an_appliance_that_is_started_before_it_is_let_in_says_so_waits_and_comes_online(
+    federation: Federation,
+) -> None:
+    invitation = federation.invite("early")
+    good(federation.enroll(invitation))
+    config = federation.folder / "early" / "config"
+    process = begin(
+        APPLIANCE, "start", "--config", config / "site.toml", "--role", "link", "--no-follow", cwd=federation.folder
+    )
+    log = federation.folder / "early" / "state" / "logs" / "supernode.log"
+    try:
+        until(lambda: "FNU-617" in log.read_text() if log.exists() else False, 60)
+        assert "early" not in federation.nodes()
+        good(federation.site_command("approve", config / "early.request.json", "--yes"))
+        until(lambda: federation.nodes()["early"] == "online")
+        assert log.read_text().count("FNU-617") == 1
+        good(federation.site_command("revoke", "early"))
+        until(lambda: log.read_text().count("FNU-617") == 2)
+    finally:
+        process.terminate()
+        assert end(process, 60).status == 0
 
 
 def test_a_running_superlink_takes_up_a_new_certificate_and_old_trust_holds(federation: Federation) -> None:

@@ -191,6 +191,21 @@ def test_a_site_that_restarts_while_its_answer_is_fetched_is_sent_its_task_again
     assert [task.site for task in network.pushed] == ["a", "b", "c", "b"]
 
 
+def test_an_answer_that_is_whole_just_after_the_deadline_leaves_nothing(journal: Journal) -> None:
+    class Late(SimulatedNetwork):
+        def take(self, ready: Any, weights: Path, max_weights: int, give_up: Callable[[], bool]) -> Received:
+            if "-b-" in weights.name:
+                while not give_up():
+                    time.sleep(0.01)
+                weights.parent.mkdir(parents=True, exist_ok=True)
+                weights.write_bytes(b"whole")
+            return super().take(ready, weights, max_weights, give_up)
+
+    outcome = ask(Late(dict.fromkeys("abc", description)), journal, deadline=0.5, needed=2)
+    assert list(outcome.missing) == ["b"]
+    assert list((journal.folder / "incoming").iterdir()) == []
+
+
 def test_a_message_that_flower_lost_is_sent_again(journal: Journal) -> None:
     lost = iter([Received("", False, LOST, "node unavailable")])
     network = SimulatedNetwork({"a": description, "b": lambda task: next(lost, description(task)), "c": description})

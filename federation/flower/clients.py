@@ -34,6 +34,7 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -203,6 +204,12 @@ def fleet_client(address: str, ca: bytes, key: Path, max_time: float | None = No
         ],
         retry_invoker=patient_retry(max_time),
     )
+
+
+def is_not_let_in(error: httpx.HTTPStatusError) -> bool:
+    """Whether the SuperLink does not take a node: its key is not registered, or is active already."""
+    told = FlowerError.from_json(error.response.text)
+    return told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 
 
 def deactivate(fleet: Any, node_id: int) -> None:

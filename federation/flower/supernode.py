@@ -34,6 +34,7 @@ from flwr.supercore.logger import update_console_handler
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.run import RunNotRunningException
 
+from federation.errors import Code, FednnunetError
 from federation.flower import clients
 from federation.flower.transfer import in_order, parents_first
 from federation.patience import SLOWEST, pause
@@ -46,6 +47,9 @@ _cli = importlib.import_module("flwr.supernode.cli.flower_supernode")
 PATIENCE = 0.02
 """A look for a message comes late by at most this share of what has been waited for it: every look of every site costs
 the SuperLink some milliseconds."""
+
+ASK_AGAIN, SAY_AGAIN = 3.0, 600.0
+"""Seconds until a site that is not let in asks again, and says so again."""
 
 HELD = 1.0
 """A look that takes so many seconds was held: the next one follows at once."""
@@ -206,14 +210,33 @@ class SuperNodeFiles:
 
 
 def _telling(refused: Callable[[], object]) -> type[clients.FleetClient]:
-    """The client of a SuperNode, which calls a function at the first request that is refused with 401.
+    """The client of a SuperNode, which says why the orchestrator refuses it.
 
-    Flower's loop ends on that, so that whoever reads the log has to find the reason there: it is looked for before
-    the loop hears of it.
+    Flower's loop ends on a request that is refused with 401, so that whoever reads the log has to find the reason
+    there: `refused`, called at the first one, looks for it before the loop hears of it. A site that is not let in (yet)
+    asks again, instead of ending: it is approved in a minute, or tomorrow.
     """
     looking, told = threading.Lock(), threading.Event()
 
     class Telling(clients.FleetClient):
+        def ActivateNode(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+            """Ask to be let in, until we are."""
+            said = 0.0
+            while True:
+                try:
+                    answer = super().ActivateNode(request)
+                except httpx.HTTPStatusError as error:
+                    if not clients.is_not_let_in(error):
+                        raise
+                    if not said or time.monotonic() - said > SAY_AGAIN:
+                        log.error("%s", FednnunetError(Code.NOT_LET_IN))
+                        said = time.monotonic()
+                    time.sleep(ASK_AGAIN)
+                    continue
+                if said:
+                    log.info("the orchestrator has let this site in")
+                return answer
+
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             self._client.event_hooks = {**self._client.event_hooks, "response": [self._heard]}

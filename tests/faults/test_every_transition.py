@@ -75,6 +75,8 @@ def test_killed_at_every_transition_the_study_ends_in_the_same_bytes(
     deaths = sum(line["what"] == "kill" for line in lines)
     assert deaths >= 1
     assert federation.digest(disturbed) == calm
+    kept = simulation.study_folder(disturbed)
+    assert [*kept.glob("rounds/*/*/updates/*.safetensors"), *kept.glob("incoming/*")] == [], "no weights lie about"
     closed = [line for line in federation.journal(disturbed) if line["event"] == "closed"]
     assert [line["participants"] for line in closed] == [list(SITES)] * 3, "nobody was left out"
     assert row["seconds_to_the_next_life"]["most"] <= 60
