@@ -161,6 +161,15 @@ def test_an_examination_is_served_from_its_cache_until_the_dataset_changes(folde
     assert again.fingerprint(1) == first.fingerprint(1)
     assert again.cases == first.cases
     assert again.test_cases == first.test_cases
+    other = tmp_path / "other"  # of another study
+    dataset.examine_once(folder, study, 1, other, lambda done, _: reads.append(done), [tmp_path / "none", cache])
+    assert reads == []
+    assert (other / dataset.REPORT).read_text() == (cache / dataset.REPORT).read_text()
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    assert dataset.dataset_digest(copied, study) == dataset.dataset_digest(folder, study)
+    dataset.examine_once(copied, study, 1, tmp_path / "third", lambda done, _: reads.append(done), [cache])
+    assert reads != [], "its images lie elsewhere"
+    reads.clear()
     (folder / "labelsTr/case_1.nii.gz").unlink()
     assert not dataset.examine_once(folder, study, 1, cache).good
     assert "labelsTr/case_1" in (cache / dataset.REPORT).read_text()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,7 @@ def examine_once(
     processes: int,
     cache: Path,
     on_progress: Callable[[int, int], None] | None = None,
+    others: Iterable[Path] = (),
 ) -> Examination:
     """`examine`, or what it found before where neither the dataset nor the contract has changed since.
 
@@ -167,10 +168,16 @@ def examine_once(
     ----------
     cache : Path
         Folder for the examination and its report.
+    others : iterable of Path
+        Folders of other studies' examinations, which may be of the same dataset and contract.
     """
-    stored = load(cache)
-    if stored is not None and stored.digest == dataset_digest(folder, study):
-        return stored
+    digest = dataset_digest(folder, study)
+    for place in (cache, *others):
+        stored = load(place)
+        if stored is not None and (stored.digest, stored.folder) == (digest, folder):
+            if place != cache:
+                stored.save(cache)
+            return stored
     examination = examine(folder, study, processes, on_progress)
     examination.save(cache)
     return examination

@@ -235,15 +235,21 @@ class Worker:
         return self._finish(task, task.fold, workspace, control), None
 
     def _examine(self, task: tasks.Task, workspace: Workspace, control: Control) -> dataset.Examination:
-        """The site's dataset, read once for each state of its files and each contract."""
+        """The site's dataset, read once for each state of its files and each contract, whichever study asks."""
 
         def progress(done: int, cases: int) -> None:
             control.check()
             control.phase(f"reading case {done} of {cases}")
 
         folder = dataset.find_dataset(self.settings.data)
-        cache = workspace.root / "examination"
-        return dataset.examine_once(folder, task.study, self.settings.fingerprint_processes, cache, progress)
+        return dataset.examine_once(
+            folder,
+            task.study,
+            self.settings.fingerprint_processes,
+            workspace.examination,
+            progress,
+            workspace.other_examinations(),
+        )
 
     def _describe(self, task: tasks.Task, workspace: Workspace, control: Control) -> tasks.Result:
         examination = self._examine(task, workspace, control)

@@ -133,7 +133,7 @@ class SiteStudy:
 
     def images(self) -> dict[str, Case]:
         """The dataset's cases with their files, as the examination found them."""
-        examined = dataset.load(self.workspace.root / "examination")
+        examined = dataset.load(self.workspace.examination)
         return {} if examined is None else {**examined.cases, **examined.test_cases}
 
 

@@ -3,7 +3,7 @@
 Rules:
 
 - Everything of a study lies below `work/STUDY`, in nnU-Net's own folders; only preprocessed data is shared between
-  studies (below `work/preprocessed`, keyed by plans and data).
+  studies (below `work/preprocessed`, keyed by plans and data), and what a dataset was found to be is copied.
 - A task that runs long says what it does (`Control.phase`) and asks often whether it may go on (`Control.check`).
 """
 
@@ -18,6 +18,9 @@ from typing import Any
 from federation import files, native
 from federation.errors import Code, FednnunetError
 from federation.study import Study
+
+RECENT = 8
+"""Studies whose examinations are looked at for one of the same data."""
 
 
 class Interrupted(Exception):
@@ -75,6 +78,16 @@ class Workspace:
     def results(self) -> Path:
         """nnU-Net's results folder of the dataset."""
         return self.root / "nnUNet_results" / self.study.dataset
+
+    @property
+    def examination(self) -> Path:
+        """What the site's dataset was found to be, for people and for the next task."""
+        return self.root / "examination"
+
+    def other_examinations(self) -> list[Path]:
+        """Those of the last studies besides this one."""
+        found = [path for path in self.work.glob("*/examination") if path != self.examination]
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)[:RECENT]
 
     @property
     def cache(self) -> Path:
