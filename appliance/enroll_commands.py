@@ -102,7 +102,7 @@ def identity(config: Config = _SITE_TOML) -> None:
     """Show who this site is, and whom it trusts: words and digits to compare over the phone."""
     from appliance import identity as own
     from appliance import settings as site_settings
-    from federation import enrollment
+    from federation import enrollment, keypairs
 
     settings = site_settings.load(config)
     typer.echo(f"site          {settings.name}, dials {settings.orchestrator}")
@@ -114,7 +114,7 @@ def identity(config: Config = _SITE_TOML) -> None:
     if not settings.coordinator_key.is_file():
         typer.echo(f"coordinator   unknown: {settings.coordinator_key} is missing")
         return
-    for block in enrollment.pem_blocks(settings.coordinator_key.read_text(encoding="utf-8")):
+    for block in keypairs.pem_blocks(settings.coordinator_key.read_text(encoding="utf-8")):
         typer.echo(f"coordinator   {enrollment.fingerprint(block.encode())}")
 
 

@@ -19,7 +19,7 @@ from appliance.doctor.context import Machine
 from appliance.doctor.shared_memory import LEAST
 from appliance.link import policy
 from appliance.settings import Settings
-from federation import console, signing
+from federation import console, keypairs
 from federation.errors import Code, FednnunetError
 from federation.processes import check_room
 
@@ -94,7 +94,7 @@ def _keys(settings: Settings) -> Iterator[FednnunetError]:
         elif not path.is_file():
             yield FednnunetError(Code.STATE_NOT_READY, f"{what} {path} is missing", ENROLL)
         elif path == settings.coordinator_key:
-            yield from _caught(lambda: signing.load_public(path.read_bytes(), str(path)))  # noqa: B023 - called at once
+            yield from _caught(lambda: keypairs.load_public(path.read_bytes(), str(path)))  # noqa: B023 - called at once
 
 
 def _data(settings: Settings) -> Iterator[FednnunetError]:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from appliance.link.trust import Trust
 from appliance.spool import Spool
 from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
-from federation import signing, tasks, weights
+from federation import keypairs, signing, tasks, weights
 from federation.flower import clients
 from federation.flower.supernode import rest
 from federation.flower.transfer import Transfer, content, file_array
@@ -222,8 +222,8 @@ class LightClient(threading.Thread):
         super().__init__(daemon=True, name=f"light {name}")
         self._site, self._folder, self._poll = name, folder, poll
         self._light = Light(folder / "light", name, folder.parent / "weights")
-        self._key = signing.load_private((folder / "site.key").read_bytes(), name)
-        trusted = signing.load_public(coordinator.read_bytes(), str(coordinator))
+        self._key = keypairs.load_private((folder / "site.key").read_bytes(), name)
+        trusted = keypairs.load_public(coordinator.read_bytes(), str(coordinator))
         self._trust = Trust(name, trusted, folder / "arrivals.jsonl")
         self._client = clients.fleet_client(address, ca, folder / "site.key")
         self._public = (folder / "site.pub").read_bytes()

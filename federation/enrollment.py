@@ -22,7 +22,6 @@ Worked example::
 from __future__ import annotations
 
 import base64
-import binascii
 import datetime as dt
 import hashlib
 import hmac
@@ -32,13 +31,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from federation import keypairs
 from federation.errors import Code, FednnunetError
 from federation.files import canonical_json
+from federation.keypairs import PrivateKey, PublicKey
 from federation.study import SiteName
 from federation.words import WORDS
 
@@ -60,7 +60,6 @@ Signature = Annotated[str, Field(max_length=256)]
 InvitationId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _PUBLIC_LINE = r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{100,300}$"
 PublicLine = Annotated[str, Field(pattern=_PUBLIC_LINE)]
-_UNREADABLE = (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)
 """What `cryptography` raises for bytes that are no key (a compressed point: NotImplementedError)."""
 _Document = TypeVar("_Document", bound="_Signed")
 
@@ -99,10 +98,10 @@ def same_fingerprint(first: str, second: str) -> bool:
 def _der(public_key: bytes) -> bytes:
     try:
         if public_key.lstrip().startswith(b"-----BEGIN"):
-            key: Any = serialization.load_pem_public_key(pem_blocks(public_key.decode("ascii"))[0].encode())
+            key: Any = serialization.load_pem_public_key(keypairs.pem_blocks(public_key.decode("ascii"))[0].encode())
         else:
             key = serialization.load_ssh_public_key(public_key.strip())
-    except (*_UNREADABLE, IndexError) as error:
+    except (*keypairs.UNREADABLE, IndexError) as error:
         raise FednnunetError(Code.REQUEST_INVALID, "no public key of a kind that is used here") from error
     der: bytes = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return der
@@ -112,7 +111,7 @@ def public_line(public_key: bytes) -> str:
     """`ecdsa-sha2-nistp384 BASE64` of a site's public key, without its comment; raises FNU-118 for any other key."""
     try:
         key = serialization.load_ssh_public_key(public_key.strip())
-    except _UNREADABLE as error:
+    except keypairs.UNREADABLE as error:
         raise FednnunetError(Code.REQUEST_INVALID, "not a public key in OpenSSH's format") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise FednnunetError(Code.REQUEST_INVALID, "a site's key is NIST P-384; this is another kind")
@@ -125,19 +124,13 @@ def _site_key(line: str) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def pem_blocks(pem: str) -> list[str]:
-    """The public keys of a PEM text, one by one."""
-    end = "-----END PUBLIC KEY-----"
-    return [block.lstrip() + end + "\n" for block in pem.split(end)[:-1]]
-
-
 def coordinator_keys(pem: str) -> list[ed25519.Ed25519PublicKey]:
     """The Ed25519 keys of a coordinator's PEM text, one or two; raises FNU-114."""
     found = []
-    for block in pem_blocks(pem):
+    for block in keypairs.pem_blocks(pem):
         try:
             key = serialization.load_pem_public_key(block.encode())
-        except _UNREADABLE as error:
+        except keypairs.UNREADABLE as error:
             raise FednnunetError(Code.INVITATION_INVALID, "the coordinator's key cannot be read") from error
         if not isinstance(key, ed25519.Ed25519PublicKey):
             raise FednnunetError(Code.INVITATION_INVALID, "the coordinator's key is not Ed25519")
@@ -147,21 +140,15 @@ def coordinator_keys(pem: str) -> list[ed25519.Ed25519PublicKey]:
     return found
 
 
-def _holds(key: ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey, signature: str, data: bytes) -> bool:
+def _holds(key: PublicKey, signature: str, data: bytes) -> bool:
     try:
-        raw = base64.b64decode(signature, validate=True)
-        if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(raw, data)
-        else:
-            key.verify(raw, data, ec.ECDSA(hashes.SHA384()))
-    except (InvalidSignature, binascii.Error, ValueError):
+        return keypairs.holds(key, base64.b64decode(signature, validate=True), data)
+    except ValueError:  # binascii's is one
         return False
-    return True
 
 
-def _signed_by(key: ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey, data: bytes) -> str:
-    raw = key.sign(data) if isinstance(key, ed25519.Ed25519PrivateKey) else key.sign(data, ec.ECDSA(hashes.SHA384()))
-    return base64.b64encode(raw).decode()
+def _signed_by(key: PrivateKey, data: bytes) -> str:
+    return base64.b64encode(keypairs.sign(key, data)).decode()
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------

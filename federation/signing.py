@@ -21,18 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from federation import keypairs
 from federation.errors import Code, FednnunetError
+from federation.keypairs import PrivateKey, PublicKey
 
 MAX_MESSAGE = 64 * 2**20
 """Characters of a message, body and all: plans and fingerprints stay far below."""
 Purpose = Literal["task", "answer"]
-PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
-PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 Nonce = Field(pattern=r"^[0-9a-f]{32}$")
 
 
@@ -93,14 +90,13 @@ def sign(purpose: Purpose, body: str, signer: str, key: PrivateKey, answers: str
     envelope = _Envelope(
         purpose=purpose, signer=signer, nonce=secrets.token_hex(16), answers=answers, body=body, signature=""
     )
-    data = envelope.signed()
-    raw = key.sign(data) if isinstance(key, ed25519.Ed25519PrivateKey) else key.sign(data, ec.ECDSA(hashes.SHA384()))
+    raw = keypairs.sign(key, envelope.signed())
     signed = envelope.model_copy(update={"signature": base64.b64encode(raw).decode()})
     return signed.model_dump_json(), envelope.nonce
 
 
 def open_message(
-    text: str, purpose: Purpose, signer: str, keys: Sequence[PublicKey], answers: str | None = None
+    text: str, purpose: Purpose, signer: str, trusted: Sequence[PublicKey], answers: str | None = None
 ) -> Opened:
     """Check a message and take its body out; raises FNU-620.
 
@@ -110,7 +106,7 @@ def open_message(
         What arrived.
     purpose, signer : str
         What it must be, and who must have signed it.
-    keys : sequence of PublicKey
+    trusted : sequence of PublicKey
         The signer's keys; one must fit (during a rotation there are two).
     answers : str, optional
         The nonce of the task that it must answer.
@@ -126,53 +122,10 @@ def open_message(
         raise _refused(f"a {envelope.purpose} of {envelope.signer}, not a {purpose} of {signer}")
     if envelope.answers != answers:
         raise _refused("an answer to another message")
-    if not any(_holds(key, signature, envelope.signed()) for key in keys):
+    if not any(keypairs.holds(key, signature, envelope.signed()) for key in trusted):
         raise _refused(f"no key of {signer} has signed it")
     return Opened(envelope.body, envelope.nonce)
 
 
 def _refused(why: str) -> FednnunetError:
     return FednnunetError(Code.SIGNATURE_REFUSED, why)
-
-
-def _holds(key: PublicKey, signature: bytes, data: bytes) -> bool:
-    try:
-        if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(signature, data)
-        else:
-            key.verify(signature, data, ec.ECDSA(hashes.SHA384()))
-    except InvalidSignature:
-        return False
-    return True
-
-
-# keys
-
-
-def load_private(data: bytes, where: str) -> PrivateKey:
-    """A private key, PEM or OpenSSH; raises FNU-113 that names `where`."""
-    try:
-        if b"OPENSSH PRIVATE KEY" in data:
-            key: object = serialization.load_ssh_private_key(data, None)
-        else:
-            key = serialization.load_pem_private_key(data, None)
-    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm) as error:
-        raise FednnunetError(Code.STATE_NOT_READY, f"{where} holds no private key") from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey):
-        raise FednnunetError(Code.STATE_NOT_READY, f"{where}: neither Ed25519 nor elliptic curve")
-    return key
-
-
-def load_public(data: bytes, where: str) -> list[PublicKey]:
-    """Public keys: one OpenSSH line, or PEM blocks one after the other; raises FNU-113 that names `where`."""
-    blocks = [part + b"-----END PUBLIC KEY-----\n" for part in data.split(b"-----END PUBLIC KEY-----")[:-1]]
-    try:
-        found: list[object] = [serialization.load_pem_public_key(block.lstrip()) for block in blocks]
-        if not found:
-            found = [serialization.load_ssh_public_key(data.strip())]
-    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm) as error:
-        raise FednnunetError(Code.STATE_NOT_READY, f"{where} holds no public key") from error
-    keys = [key for key in found if isinstance(key, ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey)]
-    if len(keys) != len(found):
-        raise FednnunetError(Code.STATE_NOT_READY, f"{where}: neither Ed25519 nor elliptic curve")
-    return keys

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation import audit, files, logs, signing, weights
+from federation import audit, files, keypairs, logs, weights
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, check, merge, plan_tolerance, to_nnunet
 from federation.flower import clients
@@ -554,7 +554,7 @@ class CoordinatorSettings:
         from orchestrator.enrollment.registry import Registry
 
         key = self.authority.signing_key
-        return CoordinatorSignatures(signing.load_private(key.read_bytes(), str(key)), Registry(self.state).public_key)
+        return CoordinatorSignatures(keypairs.load_private(key.read_bytes(), str(key)), Registry(self.state).public_key)
 
     @property
     def studies(self) -> Path:

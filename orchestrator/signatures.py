@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from federation import signing
+from federation import keypairs, signing
 from federation.errors import Code, FednnunetError
 
 COORDINATOR = "coordinator"
@@ -38,13 +38,13 @@ class CoordinatorSignatures:
 
     Parameters
     ----------
-    key : signing.PrivateKey
+    key : keypairs.PrivateKey
         The coordinator's signing key.
     public_key : callable
         ``public_key(site)``: the OpenSSH line of a site's key, None for a site that is unknown or revoked.
     """
 
-    def __init__(self, key: signing.PrivateKey, public_key: Callable[[str], bytes | None]) -> None:
+    def __init__(self, key: keypairs.PrivateKey, public_key: Callable[[str], bytes | None]) -> None:
         self._key, self._public_key = key, public_key
 
     def check_site(self, site: str) -> None:
@@ -57,7 +57,7 @@ class CoordinatorSignatures:
 
     def open_answer(self, site: str, text: str, nonce: str) -> str:
         """The body of an answer to the message with this nonce; raises FNU-508 or FNU-620."""
-        keys = signing.load_public(self._key_of(site), f"the registry's entry of {site}")
+        keys = keypairs.load_public(self._key_of(site), f"the registry's entry of {site}")
         return signing.open_message(text, "answer", site, keys, nonce).body
 
     def _key_of(self, site: str) -> bytes:

@@ -17,7 +17,7 @@ import atheris
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with atheris.instrument_imports(include=["federation"]):
-    from federation import signing, study, tasks
+    from federation import keypairs, signing, study, tasks
     from federation.errors import FednnunetError
     from federation.plans import check_plans
     from federation.weights import TensorFile
@@ -45,7 +45,7 @@ def one_input(data: bytes) -> None:
         lambda: tasks.parse_task(data),
         lambda: tasks.parse_result(data),
         lambda: signing.open_message(data.decode("latin-1"), "task", "coordinator", []),
-        lambda: signing.load_public(data, "fuzz"),
+        lambda: keypairs.load_public(data, "fuzz"),
         lambda: [opened.read(name) for opened in [TensorFile(ARRIVED)] for name in opened.names],
         lambda: study.parse(value),
     ]

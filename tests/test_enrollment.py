@@ -1097,14 +1097,14 @@ def enrolled(state: Path, folder: Path) -> settings.Settings:
 def test_the_signing_key_is_rotated_in_two_steps_and_a_site_that_took_it_in_goes_on(
     state: Path, tmp_path: Path
 ) -> None:
-    from federation import signing
+    from federation import keypairs, signing
 
     site = enrolled(state, tmp_path / "site")
     authority = Authority(state / "authority")
 
     def believes() -> bool:
         message, _ = signing.sign("task", "{}", "coordinator", authority.signing())
-        keys = signing.load_public(site.coordinator_key.read_bytes(), "")
+        keys = keypairs.load_public(site.coordinator_key.read_bytes(), "")
         try:
             signing.open_message(message, "task", "coordinator", keys)
         except FednnunetError:

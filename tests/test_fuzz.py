@@ -19,7 +19,7 @@ from commands import phantom_study
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from federation import signing, study, tasks, weights
+from federation import keypairs, signing, study, tasks, weights
 from federation.errors import FednnunetError
 from federation.plans import check_plans
 from federation.tasks import Kind, Result, Task
@@ -97,7 +97,7 @@ DECODERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
     ),
     "key": (
         b"-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----\n",
-        lambda d: signing.load_public(d, "x"),
+        lambda d: keypairs.load_public(d, "x"),
     ),
 }
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -23,7 +23,7 @@ from flwr.proto.node_pb2 import Node as FlowerNode
 
 from appliance import identity
 from appliance.spool import Spool
-from federation import audit, files, signing, tasks, weights
+from federation import audit, files, keypairs, signing, tasks, weights
 from federation.errors import FednnunetError
 from federation.flower import bundle, clients, runner
 from federation.flower.runner import Node, Run, RunLost
@@ -83,7 +83,7 @@ class Line:
 
     def send(self, run: Run, task: Task, file: Path | None = None) -> str:
         """Sign one task and send it to the site."""
-        key = signing.load_private(self.authority.signing_key.read_bytes(), "coordinator.key")
+        key = keypairs.load_private(self.authority.signing_key.read_bytes(), "coordinator.key")
         message, _ = signing.sign("task", task.model_dump_json(), "coordinator", key)
         node: Node = run.nodes()[SITE]
         return run.push(node, task.key, message, file_array(file) if file else None, 60)

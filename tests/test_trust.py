@@ -25,7 +25,7 @@ from appliance.link.trust import Trust, allow_rewind
 from appliance.plain_words import in_plain_words
 from appliance.spool import WEIGHTS, Spool
 from appliance.worker import site_report
-from federation import signing, tasks, weights
+from federation import keypairs, signing, tasks, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
 from federation.flower.runner import Answer, Asked
@@ -295,11 +295,11 @@ def test_an_answer_counts_only_from_its_site_to_its_sending_and_while_the_site_i
 def test_two_coordinator_keys_are_read_from_one_file_during_a_rotation() -> None:
     form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     text = b"# old, then new\n" + b"".join(key.public_key().public_bytes(*form) for key in (STRANGER, COORDINATOR))
-    keys = signing.load_public(text, "coordinator.pub")
+    keys = keypairs.load_public(text, "coordinator.pub")
     assert len(keys) == 2
     assert signing.open_message(signed(a_task()), "task", "coordinator", keys).body
-    refused(Code.STATE_NOT_READY, lambda: signing.load_public(b"no key", "coordinator.pub"))
-    refused(Code.STATE_NOT_READY, lambda: signing.load_private(b"no key", "site.key"))
+    refused(Code.STATE_NOT_READY, lambda: keypairs.load_public(b"no key", "coordinator.pub"))
+    refused(Code.STATE_NOT_READY, lambda: keypairs.load_private(b"no key", "site.key"))
 
 
 # the policy

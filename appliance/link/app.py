@@ -30,7 +30,7 @@ from appliance.link.policy import Approvals, Policy
 from appliance.link.trust import Trust
 from appliance.settings import Settings
 from appliance.spool import Spool
-from federation import files, logs, signing
+from federation import files, keypairs, logs, signing
 from federation.errors import Code, FednnunetError
 from federation.flower import clients
 from federation.flower.bundle import bundle_hash
@@ -52,7 +52,7 @@ class Link:
     ----------
     site : str
         The site's name.
-    key : signing.PrivateKey
+    key : keypairs.PrivateKey
         The site's key.
     trust : Trust
         Which tasks are believed.
@@ -69,7 +69,7 @@ class Link:
     def __init__(
         self,
         site: str,
-        key: signing.PrivateKey,
+        key: keypairs.PrivateKey,
         trust: Trust,
         policy: Callable[[], Policy],
         approvals: Approvals,
@@ -167,10 +167,10 @@ def main(settings: Settings, runtime_port: int) -> None:
     shutil.rmtree(spool.root / "incoming", ignore_errors=True)  # what was on its way when the last link was killed
     spool.announce(bundle_hash())
     here = settings.state / "link"
-    trusted = signing.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))
+    trusted = keypairs.load_public(settings.coordinator_key.read_bytes(), str(settings.coordinator_key))
     link = Link(
         settings.name,
-        signing.load_private(settings.site_key.read_bytes(), str(settings.site_key)),
+        keypairs.load_private(settings.site_key.read_bytes(), str(settings.site_key)),
         Trust(settings.name, trusted, here / "arrivals.jsonl"),
         lambda: policy.load(settings.policy),
         Approvals(here / "studies"),

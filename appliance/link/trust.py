@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from federation import files, signing
+from federation import files, keypairs, signing
 from federation.audit import Chain
 from federation.errors import Code, FednnunetError
 from federation.tasks import Kind, Task, parse_task
@@ -31,13 +31,13 @@ class Trust:
     ----------
     site : str
         This site's name.
-    keys : sequence of signing.PublicKey
+    keys : sequence of keypairs.PublicKey
         The coordinator's.
     arrivals : Path
         The chain of what arrived.
     """
 
-    def __init__(self, site: str, keys: Sequence[signing.PublicKey], arrivals: Path) -> None:
+    def __init__(self, site: str, keys: Sequence[keypairs.PublicKey], arrivals: Path) -> None:
         self._site, self._keys = site, keys
         self._chain = Chain(arrivals)
         self._nonces: set[str] = set()

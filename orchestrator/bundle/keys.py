@@ -9,7 +9,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from federation import signing
+from federation import keypairs
 from federation.enrollment import fingerprint
 from federation.errors import Code, FednnunetError
 from federation.files import write_new
@@ -43,7 +43,7 @@ def generate(private: Path) -> Path:
 def load_private(path: Path) -> ed25519.Ed25519PrivateKey:
     """The key to sign with; raises FNU-154."""
     try:
-        key = signing.load_private(_read(path), str(path))
+        key = keypairs.load_private(_read(path), str(path))
     except FednnunetError as error:
         raise FednnunetError(Code.BUNDLE_KEY_UNUSABLE, error.found) from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
@@ -56,7 +56,7 @@ def load_public(paths: Sequence[Path]) -> list[ed25519.Ed25519PublicKey]:
     keys: list[ed25519.Ed25519PublicKey] = []
     for path in paths:
         try:
-            found = signing.load_public(_read(path), str(path))
+            found = keypairs.load_public(_read(path), str(path))
         except FednnunetError as error:
             raise FednnunetError(Code.BUNDLE_KEY_UNUSABLE, error.found) from error
         for key in found:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from federation import keypairs
 from federation.enrollment import SKEW
 from federation.errors import Code, FednnunetError
 from orchestrator.bundle import keys
@@ -121,7 +121,7 @@ def check(
     raw_sums, signature, member = _signed_part(reader)
     if signature is None:
         raise FednnunetError(Code.BUNDLE_UNSIGNED, where)
-    key = next((key for key in trusted if _holds(key, signature, raw_sums)), None)
+    key = next((key for key in trusted if keypairs.holds(key, signature, raw_sums)), None)
     if key is None:
         raise _why_not(stream, where, trusted)
     front = _front(reader, raw_sums, signature, member)
@@ -365,14 +365,6 @@ def _differs(reader: Reader, name: str) -> FednnunetError:
 
 
 # ---- signature and dates ---------------------------------------------------------------------------------------------
-
-
-def _holds(key: ed25519.Ed25519PublicKey, signature: bytes, data: bytes) -> bool:
-    try:
-        key.verify(signature, data)
-    except InvalidSignature:
-        return False
-    return True
 
 
 def _why_not(stream: BinaryIO, where: str, trusted: Sequence[ed25519.Ed25519PublicKey]) -> FednnunetError:
