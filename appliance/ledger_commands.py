@@ -35,15 +35,23 @@ def _path(config: Path) -> Path:
 
 
 def _lines(config: Path, study: str | None = None) -> list[dict[str, Any]]:
+    """The ledger's lines, of one study where it is given; raises FNU-130 for one that is not known here."""
+    from appliance.link.policy import Approvals
     from federation.audit import read
 
-    return [line for line in read(_path(config)) if study is None or line["study"].startswith(study)]
+    path = _path(config)
+    lines = read(path)
+    if study is None:
+        return lines
+    whole = any(line["study"] == study for line in lines)  # what has left is shown, whatever became of the study
+    chosen = study if whole else Approvals(path.parent / "studies").find(study).id
+    return [line for line in lines if line["study"] == chosen]
 
 
 @app.command()
 def show(
     config: Config = _DEFAULT,
-    study: Annotated[str | None, typer.Option(help="Only this study: the beginning of its id.")] = None,
+    study: Annotated[str | None, typer.Option(help="Only this study: its name, or the beginning of its id.")] = None,
     last: Annotated[int, typer.Option(help="How many lines, the newest.")] = 40,
 ) -> None:
     """Show what left, when, for which study and round, to whom, and how many bytes."""
@@ -91,7 +99,7 @@ def verify(config: Config = _DEFAULT) -> None:
 def export(
     config: Config = _DEFAULT,
     output_format: Annotated[Format, typer.Option("--format", help="csv or json.")] = Format.CSV,
-    study: Annotated[str | None, typer.Option(help="Only this study: the beginning of its id.")] = None,
+    study: Annotated[str | None, typer.Option(help="Only this study: its name, or the beginning of its id.")] = None,
 ) -> None:
     """Write the ledger to standard output."""
     lines = _lines(config, study)

@@ -501,6 +501,17 @@ def test_the_ledger_is_shown_verified_and_exported_and_a_changed_line_is_found(d
     assert rows[0].startswith("seq,at,study,kind")
     assert len(rows) == 3
     assert len(json.loads(good(run("export", "--format", "json")).out)) == 2
+    other = a_study(name="phantom-2")
+    house.arrives(signed(a_task(study=other)))
+    for called, answers in ((a_study().name, 2), (a_study().id[:4], 2), (a_study().id, 2), (other.name, 1)):
+        assert f"{answers} answers" in good(run("show", "--study", called)).out, called
+        assert len(good(run("export", "--study", called)).out.splitlines()) == 1 + answers
+    (tmp_path / "state" / "link" / "studies" / f"{other.id}.json").unlink()
+    assert "1 answers" in good(run("show", "--study", other.id)).out  # the record stays
+    for subcommand in ("show", "export"):
+        unknown = run(subcommand, "--study", a_study().id[:3])
+        assert unknown.status == 11, unknown
+        assert "FNU-130" in unknown.err, unknown
     path = tmp_path / "state" / "link" / "ledger.jsonl"
     path.write_text(path.read_text().replace('"kind":"describe"', '"kind":"finish"'))
     damaged = run("verify")
