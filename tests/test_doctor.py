@@ -57,6 +57,7 @@ from appliance.doctor import (
 from appliance.doctor.context import Context, Machine
 from appliance.doctor.finding import Finding, Private, Status, fail, ok, warn
 from appliance.doctor.run import CHECKS, Check, choose, examine, exit_status, limited
+from appliance.link.policy import write_default
 from appliance.settings import Settings
 from federation.errors import FednnunetError
 from federation.flower import clients, superlink
@@ -532,6 +533,19 @@ def test_a_key_that_is_missing_or_of_another_kind(house: House) -> None:
     failed(user.key(house.context()), 715)
     (house.root / "site.key").unlink()
     failed(user.key(house.context()), 113)
+
+
+@pytest.mark.parametrize("line", ["max_round = 3", 'hours = "19-6"', "studies = "])
+def test_a_policy_that_start_would_refuse(house: House, line: str) -> None:
+    file = house.root / "policy.toml"
+    context = house.context(policy=file)
+    assert "no policy.toml" in passed([user.policy(context)])
+    write_default(file)
+    assert str(file) in passed([user.policy(context)])
+    file.write_text(line + "\n")
+    told = failed([one for one in user.check(context) if one.code is None or one.code.number != 720], 112)
+    assert str(file) in told
+    assert str(file) not in user.policy(context).text("found", house=False)
 
 
 def test_data_that_is_missing_or_could_be_written(house: House) -> None:
