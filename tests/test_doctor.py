@@ -577,6 +577,17 @@ def test_a_state_that_cannot_be_written(house: House, monkeypatch: pytest.Monkey
     assert list((house.root / "state").iterdir()) == []
 
 
+def test_a_state_that_is_not_there_yet_is_well_only_where_it_can_be_made(house: House) -> None:
+    (house.root / "data").mkdir()
+    before = everything(house.root)
+    assert "can be made" in passed(mounts.check(house.context(state=house.root / "new" / "state")))
+    assert everything(house.root) == before
+    (house.root / "file").write_text("")
+    (house.root / "link").symlink_to(house.root / "nowhere")
+    for state in (house.root / "file", house.root / "file" / "state", house.root / "link", Path("/proc/nope")):
+        assert str(state) in failed(mounts.check(house.context(state=state)), 702)
+
+
 def test_a_disk_that_is_nearly_full(house: House) -> None:
     for free, status in ((5e8, Status.FAIL), (2e9, Status.WARN), (9e9, Status.OK)):
         machine = Machine(free_bytes=lambda _, free=free: int(free))  # type: ignore[misc]
