@@ -28,7 +28,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
-from commands import APPLIANCE, command
+from commands import APPLIANCE, command, refused
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -833,7 +833,7 @@ def test_json_and_the_page_name_nothing_of_the_hospital(hospital: tuple[Path, Pa
     )
     assert everything(config.parent) == before, "the doctor left something behind"
     assert done.status == 11, done  # the first failure: the site's key is missing
-    assert done.err == ""
+    assert done.err == f"wrote {page}: it may be mailed to the coordinator\n"
     value = json.loads(done.out)
     numbers = {finding["code"] for finding in value["findings"]}
     assert {"FNU-113", "FNU-610", "FNU-203", "FNU-207", "FNU-210"} <= numbers, numbers
@@ -883,6 +883,15 @@ def test_the_study_file_and_the_options_are_checked_first(hospital: tuple[Path, 
     config, _ = hospital
     assert command(APPLIANCE, "doctor", "--config", config, "--only", "teeth", cwd=tmp_path).status == 11
     assert "FNU-101" in command(APPLIANCE, "doctor", "--config", config, "--study", "none", cwd=tmp_path).err
+    for page in (tmp_path / "nowhere" / "page.html", tmp_path):
+        refused(command(APPLIANCE, "doctor", "--config", config, "--report", page, cwd=tmp_path), 702, str(page))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_doctor_says_where_the_page_lies(hospital: tuple[Path, Path], tmp_path: Path) -> None:
+    done = command(APPLIANCE, "doctor", "--config", hospital[0], "--only", "dns", "--report", "p.html", cwd=tmp_path)
+    assert done.out.splitlines()[-1].startswith(f"wrote {tmp_path / 'p.html'}")
+    assert (tmp_path / "p.html").is_file()
 
 
 def test_a_study_is_what_the_type_says() -> None:
