@@ -4,6 +4,7 @@ Rules:
 
 - An environment variable `FEDNNUNET_NAME` wins over the file; the file wins over the default.
 - A key that is not known is an error (FNU-112), never ignored.
+- A folder that is given for the file stands for the site.toml in it.
 - Nothing here comes from the network: what a study may choose stands in the study.
 """
 
@@ -111,6 +112,17 @@ class Resolved:
     sources: dict[str, str]
 
 
+def site_toml(given: Path) -> Path:
+    """The file that `--config` means: of a folder the site.toml in it; raises FNU-112 where it holds none."""
+    if not os.path.isdir(given):
+        return given
+    if not os.path.isfile(given / "site.toml"):
+        raise FednnunetError(
+            Code.SETTINGS_INVALID, f"{given} is a folder, and holds no site.toml", "Give the file: --config SITE.toml."
+        )
+    return given / "site.toml"
+
+
 def load(file: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
     """Settings from a TOML file, the environment and the command line, in rising order; raises FNU-112 or FNU-131."""
     return resolve(file, environment, **overrides).settings
@@ -125,6 +137,7 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     sources = dict.fromkeys(Settings.model_fields, "default")
     found = False
     if file is not None:
+        file = site_toml(file)
         try:
             values.update(tomllib.loads(file.read_text(encoding="utf-8")))
             found = True

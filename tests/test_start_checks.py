@@ -26,6 +26,22 @@ def test_no_site_toml(tmp_path: Path) -> None:
     refused(command(APPLIANCE, "start", "--config", tmp_path / "site.toml", cwd=tmp_path), 131, "site.toml")
 
 
+def test_a_folder_given_as_config_is_its_site_toml(tmp_path: Path) -> None:
+    for arguments in (["start"], ["studies"], ["doctor", "--only", "mounts"]):
+        done = command(APPLIANCE, *arguments, "--config", tmp_path, cwd=tmp_path)
+        assert "Give the file" in done.err, done
+        refused(done, 112, str(tmp_path), "site.toml")
+    file = tmp_path / "site.toml"
+    file.write_text('name = "hospital_a"\norchestrator = "host:8443"\nstate = "state"\n')
+    found = settings.resolve(tmp_path, {})
+    assert found.settings.state == tmp_path / "state"
+    assert found.sources["name"] == str(file)
+    told = command(
+        APPLIANCE, *("doctor", "--only", "mounts", "--json", "--private", "--config"), tmp_path, cwd=tmp_path
+    )
+    assert str(file) in told.out, told
+
+
 def test_data_missing_or_empty(tmp_path: Path) -> None:
     assert numbers(tmp_path, "worker") == [Code.DATASET_JSON_MISSING]
     (tmp_path / "data").mkdir()

@@ -38,6 +38,7 @@ def run(
     checks = choose(only, skip)
     if page is not None:
         _require_place(page)
+    config = site_settings.site_toml(config)
     context = Context(
         site_settings.load(config),
         config if config.exists() else None,
