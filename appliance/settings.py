@@ -26,7 +26,25 @@ from federation.errors import Code, FednnunetError
 from federation.study import SITE_NAME
 
 PREFIX = "FEDNNUNET_"
+ADDRESS = r"^[^/\s]+:[0-9]{1,5}$"
 PATHS = ("data", "state", "ca_certificate", "site_key", "coordinator_key", "policy")
+
+_LOOKS = {
+    SITE_NAME: "a name in small letters, digits, - and _, of 63 characters at most",
+    ADDRESS: "HOST:PORT",
+    devices.PATTERN: "cuda, cuda:N, mps or cpu",
+    r"^[0-9a-f]{64}$": "the whole id of a study (64 letters)",
+}
+_WORDS = {
+    "extra_forbidden": "this key is not known",
+    "missing": "is missing",
+    "path_type": "must be a path",
+    "string_type": "must be text, in quotes",
+    "list_type": "must be a list",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+}
 
 
 class Settings(BaseModel):
@@ -35,9 +53,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=SITE_NAME, description="The site's enrolled name.")
-    orchestrator: str = Field(
-        pattern=r"^[^/\s]+:[0-9]{1,5}$", description="HOST:PORT of the orchestrator's listener for hospitals."
-    )
+    orchestrator: str = Field(pattern=ADDRESS, description="HOST:PORT of the orchestrator's listener for hospitals.")
     data: Path = Field(
         Path("/data"),
         description="The dataset in nnU-Net's raw format, mounted read-only: the folder that holds dataset.json, or "
@@ -165,7 +181,21 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     try:
         return Resolved(Settings.model_validate(values), sources)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {faults}") from error
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {in_words(error)}") from error
+
+
+def in_words(error: ValidationError) -> str:
+    """Every fault of settings with its key, as a person would say it: `threads: must be a whole number`."""
+    said = []
+    for fault in error.errors():
+        kind = fault["type"]
+        if kind == "string_pattern_mismatch":
+            pattern = fault["ctx"]["pattern"]
+            words = f"must be {_LOOKS.get(pattern, f'text that matches {pattern}')}"
+        elif kind == "value_error":
+            words = f"must be {fault['ctx']['error']}"
+        else:
+            words = _WORDS.get(kind) or fault["msg"].replace("Input should be", "must be")
+        place = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))  # a "[": which type was tried
+        said.append(f"{place}: {words}")
+    return "; ".join(said)
