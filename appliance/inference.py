@@ -266,6 +266,9 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+_NO_WEIGHTS = "Give --checkpoint the name of the file with the weights in each fold_..., or the model's folder."
+
+
 def _folds(folder: Path, options: Options) -> tuple[str, ...]:
     there = sorted(
         path.parent.name.removeprefix("fold_")
@@ -278,6 +281,7 @@ def _folds(folder: Path, options: Options) -> tuple[str, ...]:
             Code.MODEL_UNUSABLE,
             f"{folder}: folds with {options.checkpoint}: {', '.join(there) or 'none'}; "
             f"wanted: {', '.join(wanted) or 'any'}",
+            f"Leave --folds out, or give some of those that are there: {', '.join(there)}." if there else _NO_WEIGHTS,
         )
     return tuple(wanted)
 

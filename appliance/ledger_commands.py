@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,46 +36,87 @@ def _path(config: Path) -> Path:
 
 
 def _lines(config: Path, study: str | None = None) -> list[dict[str, Any]]:
+    """The ledger's lines, of one study where it is given; raises FNU-130 for one that is not known here."""
+    from appliance.link.policy import Approvals
     from federation.audit import read
 
-    return [line for line in read(_path(config)) if study is None or line["study"].startswith(study)]
+    path = _path(config)
+    lines = read(path)
+    if study is None:
+        return lines
+    whole = any(line["study"] == study for line in lines)  # what has left is shown, whatever became of the study
+    chosen = study if whole else Approvals(path.parent / "studies").find(study).id
+    return [line for line in lines if line["study"] == chosen]
 
 
 @app.command()
 def show(
     config: Config = _DEFAULT,
-    study: Annotated[str | None, typer.Option(help="Only this study: the beginning of its id.")] = None,
+    study: Annotated[str | None, typer.Option(help="Only this study: its name, or the beginning of its id.")] = None,
     last: Annotated[int, typer.Option(help="How many lines, the newest.")] = 40,
 ) -> None:
-    """Show what left, when, for which study and round, to whom, and how many bytes."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    """Show what left, when, for which study and round, to whom, and how many bytes.
 
+    In a pipe one line for each answer, TAB between, with everything whole.
+    """
     lines = _lines(config, study)
-    recipients = sorted({line["to"] for line in lines})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("when (UTC)", "study", "what"):
-        table.add_column(name, no_wrap=True)
-    if len(recipients) > 1:
-        table.add_column("to", overflow="fold")
-    for name in ("tensors", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("SHA-256", no_wrap=True)
-    for line in lines[-last:]:
-        what = line["kind"] + (f", fold {line['fold']}" if line["fold"] else "")
-        what += f", round {line['round']}" if line["round"] else ""
-        what += f": {line['failure']}" if line["failure"] else ""
-        to = [line["to"]] if len(recipients) > 1 else []
-        size = f"{line['body_bytes'] + line['weights_bytes']:,}"
-        digest = (line["weights_sha256"] or line["body_sha256"])[:8]
-        when = line["at"][:19].replace("T", " ")
-        table.add_row(when, line["study"][:8], what, *to, str(line["tensors"]), size, digest)
-    if len(recipients) == 1:
-        typer.echo(f"to {recipients[0]}")
-    Console().print(table)
-    total = sum(line["body_bytes"] + line["weights_bytes"] for line in lines)
+    chosen = lines[-last:] if last > 0 else []
+    for row in in_columns(chosen) if sys.stdout.isatty() else in_full(chosen):
+        typer.echo(row)
+    total = sum(map(_bytes, lines))
     typer.echo(f"{len(lines)} answers, {total:,} bytes in all" + (f"; {last} shown" if len(lines) > last else ""))
+
+
+def in_full(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """A head and a row for each line of the ledger, TAB between; nothing is shortened."""
+    rows = ["\t".join(("at", "study", "kind", "fold", "round", "to", "tensors", "bytes", "sha256", "failure"))]
+    for line in lines:
+        values = [line[name] for name in ("at", "study", "kind", "fold", "round", "to", "tensors")]
+        values += [_bytes(line), line["weights_sha256"] or line["body_sha256"], line["failure"]]
+        rows.append("\t".join("" if value is None else str(value) for value in values))
+    return rows
+
+
+def in_columns(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What fits 80 columns: to whom as a heading, a row for each line of the ledger, a failure below its row."""
+    from federation.readable import size
+
+    head = ("when (UTC)", "study", "answer", "fold", "round", "tensors", "bytes", "SHA-256")
+    cells = [
+        (
+            line["at"][:16].replace("T", " "),
+            line["study"][:8],
+            line["kind"],
+            line["fold"] or "",
+            str(line["round"] or ""),
+            str(line["tensors"]),
+            size(_bytes(line)),
+            (line["weights_sha256"] or line["body_sha256"])[:12],
+        )
+        for line in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+
+    def row(values: Sequence[str]) -> str:
+        aligned = (
+            value.rjust(width) if name in ("round", "tensors", "bytes") else value.ljust(width)
+            for name, value, width in zip(head, values, widths, strict=True)
+        )
+        return " ".join(aligned).rstrip()
+
+    rows, recipient = [], None
+    for line, values in zip(lines, cells, strict=True):
+        if line["to"] != recipient:
+            recipient = line["to"]
+            rows += [f"to {recipient}", row(head)]
+        rows.append(row(values))
+        if line["failure"]:
+            rows.append(f"  {line['failure']}")
+    return rows
+
+
+def _bytes(line: dict[str, Any]) -> int:
+    return int(line["body_bytes"]) + int(line["weights_bytes"])
 
 
 @app.command()
@@ -91,7 +133,7 @@ def verify(config: Config = _DEFAULT) -> None:
 def export(
     config: Config = _DEFAULT,
     output_format: Annotated[Format, typer.Option("--format", help="csv or json.")] = Format.CSV,
-    study: Annotated[str | None, typer.Option(help="Only this study: the beginning of its id.")] = None,
+    study: Annotated[str | None, typer.Option(help="Only this study: its name, or the beginning of its id.")] = None,
 ) -> None:
     """Write the ledger to standard output."""
     lines = _lines(config, study)

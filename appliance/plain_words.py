@@ -67,7 +67,8 @@ def in_plain_words(study: Study, site: str) -> str:
         + "; losses and online Dice of each epoch.",
         "  After the last round: Dice of each label (mean, deviation, minimum, number of cases)"
         + (
-            " of the model, of this site's own training alone, and of both together."
+            " of the model, of this site's own training alone, and of the personalised model (the model, trained on "
+            "here). No weights of these two trainings leave."
             if study.compare == "local"
             else "."
         ),

@@ -4,6 +4,7 @@ Rules:
 
 - An environment variable `FEDNNUNET_NAME` wins over the file; the file wins over the default.
 - A key that is not known is an error (FNU-112), never ignored.
+- A folder that is given for the file stands for the site.toml in it.
 - Nothing here comes from the network: what a study may choose stands in the study.
 """
 
@@ -25,7 +26,25 @@ from federation.errors import Code, FednnunetError
 from federation.study import SITE_NAME
 
 PREFIX = "FEDNNUNET_"
+ADDRESS = r"^[^/\s]+:[0-9]{1,5}$"
 PATHS = ("data", "state", "ca_certificate", "site_key", "coordinator_key", "policy")
+
+_LOOKS = {
+    SITE_NAME: "a name in small letters, digits, - and _, of 63 characters at most",
+    ADDRESS: "HOST:PORT",
+    devices.PATTERN: "cuda, cuda:N, mps or cpu",
+    r"^[0-9a-f]{64}$": "the whole id of a study (64 letters)",
+}
+_WORDS = {
+    "extra_forbidden": "this key is not known",
+    "missing": "is missing",
+    "path_type": "must be a path",
+    "string_type": "must be text, in quotes",
+    "list_type": "must be a list",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+}
 
 
 class Settings(BaseModel):
@@ -34,9 +53,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=SITE_NAME, description="The site's enrolled name.")
-    orchestrator: str = Field(
-        pattern=r"^[^/\s]+:[0-9]{1,5}$", description="HOST:PORT of the orchestrator's listener for hospitals."
-    )
+    orchestrator: str = Field(pattern=ADDRESS, description="HOST:PORT of the orchestrator's listener for hospitals.")
     data: Path = Field(
         Path("/data"),
         description="The dataset in nnU-Net's raw format, mounted read-only: the folder that holds dataset.json, or "
@@ -111,6 +128,17 @@ class Resolved:
     sources: dict[str, str]
 
 
+def site_toml(given: Path) -> Path:
+    """The file that `--config` means: of a folder the site.toml in it; raises FNU-112 where it holds none."""
+    if not os.path.isdir(given):
+        return given
+    if not os.path.isfile(given / "site.toml"):
+        raise FednnunetError(
+            Code.SETTINGS_INVALID, f"{given} is a folder, and holds no site.toml", "Give the file: --config SITE.toml."
+        )
+    return given / "site.toml"
+
+
 def load(file: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
     """Settings from a TOML file, the environment and the command line, in rising order; raises FNU-112 or FNU-131."""
     return resolve(file, environment, **overrides).settings
@@ -125,6 +153,7 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     sources = dict.fromkeys(Settings.model_fields, "default")
     found = False
     if file is not None:
+        file = site_toml(file)
         try:
             values.update(tomllib.loads(file.read_text(encoding="utf-8")))
             found = True
@@ -152,7 +181,21 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     try:
         return Resolved(Settings.model_validate(values), sources)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {faults}") from error
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {in_words(error)}") from error
+
+
+def in_words(error: ValidationError) -> str:
+    """Every fault of settings with its key, as a person would say it: `threads: must be a whole number`."""
+    said = []
+    for fault in error.errors():
+        kind = fault["type"]
+        if kind == "string_pattern_mismatch":
+            pattern = fault["ctx"]["pattern"]
+            words = f"must be {_LOOKS.get(pattern, f'text that matches {pattern}')}"
+        elif kind == "value_error":
+            words = f"must be {fault['ctx']['error']}"
+        else:
+            words = _WORDS.get(kind) or fault["msg"].replace("Input should be", "must be")
+        place = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))  # a "[": which type was tried
+        said.append(f"{place}: {words}")
+    return "; ".join(said)

@@ -477,7 +477,7 @@ class Code(Enum):
     DEVICE_MISSING = (
         706,
         "The device is not there",
-        "Use -device cpu, or check the driver and the container's GPU flags.",
+        "Choose the device cpu, or check the driver and the container's GPU flags.",
     )
     WORKER_NETWORK = (707, "The worker tried to use the network", "Report this: the worker has no business there.")
     CLOCK_OFF = (

@@ -220,4 +220,6 @@ def test_the_policy_holds_scores_back_and_plain_words_tell_of_the_time() -> None
         Policy(studies="any", scores_may_leave=False).check_task(task, None)
     words = in_plain_words(study, "a")
     assert "The same training again on its images alone, then 10 epochs on from the model." in words
-    assert "of this site's own training alone" in words
+    assert "of this site's own training alone, and of the personalised model" in words
+    assert "No weights of these two trainings leave." in words
+    assert "No weights of these" not in in_plain_words(parse(phantom_study(["a", "b"])), "a")

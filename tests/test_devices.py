@@ -57,6 +57,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_done() -> None:
         with pytest.raises(FednnunetError, match=said) as caught:
             devices.require(a_torch(gpus), device)
         assert caught.value.code is Code.DEVICE_MISSING
+        assert " -device" not in caught.value.advice  # the commands call it --device, site.toml device
 
 
 @pytest.mark.parametrize(

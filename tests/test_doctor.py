@@ -28,7 +28,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
-from commands import APPLIANCE, command
+from commands import APPLIANCE, command, refused
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -57,6 +57,7 @@ from appliance.doctor import (
 from appliance.doctor.context import Context, Machine
 from appliance.doctor.finding import Finding, Private, Status, fail, ok, warn
 from appliance.doctor.run import CHECKS, Check, choose, examine, exit_status, limited
+from appliance.link.policy import write_default
 from appliance.settings import Settings
 from federation.errors import FednnunetError
 from federation.flower import clients, superlink
@@ -534,6 +535,19 @@ def test_a_key_that_is_missing_or_of_another_kind(house: House) -> None:
     failed(user.key(house.context()), 113)
 
 
+@pytest.mark.parametrize("line", ["max_round = 3", 'hours = "19-6"', "studies = "])
+def test_a_policy_that_start_would_refuse(house: House, line: str) -> None:
+    file = house.root / "policy.toml"
+    context = house.context(policy=file)
+    assert "no policy.toml" in passed([user.policy(context)])
+    write_default(file)
+    assert str(file) in passed([user.policy(context)])
+    file.write_text(line + "\n")
+    told = failed([one for one in user.check(context) if one.code is None or one.code.number != 720], 112)
+    assert str(file) in told
+    assert str(file) not in user.policy(context).text("found", house=False)
+
+
 def test_data_that_is_missing_or_could_be_written(house: House) -> None:
     failed(mounts.check(house.context()), 201)
     (house.root / "data").mkdir()
@@ -561,6 +575,17 @@ def test_a_state_that_cannot_be_written(house: House, monkeypatch: pytest.Monkey
     monkeypatch.setattr(mounts.os, "fsync", full)  # simulated: a disk without a byte left
     failed(mounts.check(house.context()), 702)
     assert list((house.root / "state").iterdir()) == []
+
+
+def test_a_state_that_is_not_there_yet_is_well_only_where_it_can_be_made(house: House) -> None:
+    (house.root / "data").mkdir()
+    before = everything(house.root)
+    assert "can be made" in passed(mounts.check(house.context(state=house.root / "new" / "state")))
+    assert everything(house.root) == before
+    (house.root / "file").write_text("")
+    (house.root / "link").symlink_to(house.root / "nowhere")
+    for state in (house.root / "file", house.root / "file" / "state", house.root / "link", Path("/proc/nope")):
+        assert str(state) in failed(mounts.check(house.context(state=state)), 702)
 
 
 def test_a_disk_that_is_nearly_full(house: House) -> None:
@@ -808,7 +833,7 @@ def test_json_and_the_page_name_nothing_of_the_hospital(hospital: tuple[Path, Pa
     )
     assert everything(config.parent) == before, "the doctor left something behind"
     assert done.status == 11, done  # the first failure: the site's key is missing
-    assert done.err == ""
+    assert done.err == f"wrote {page}: it may be mailed to the coordinator\n"
     value = json.loads(done.out)
     numbers = {finding["code"] for finding in value["findings"]}
     assert {"FNU-113", "FNU-610", "FNU-203", "FNU-207", "FNU-210"} <= numbers, numbers
@@ -858,6 +883,15 @@ def test_the_study_file_and_the_options_are_checked_first(hospital: tuple[Path, 
     config, _ = hospital
     assert command(APPLIANCE, "doctor", "--config", config, "--only", "teeth", cwd=tmp_path).status == 11
     assert "FNU-101" in command(APPLIANCE, "doctor", "--config", config, "--study", "none", cwd=tmp_path).err
+    for page in (tmp_path / "nowhere" / "page.html", tmp_path):
+        refused(command(APPLIANCE, "doctor", "--config", config, "--report", page, cwd=tmp_path), 702, str(page))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_doctor_says_where_the_page_lies(hospital: tuple[Path, Path], tmp_path: Path) -> None:
+    done = command(APPLIANCE, "doctor", "--config", hospital[0], "--only", "dns", "--report", "p.html", cwd=tmp_path)
+    assert done.out.splitlines()[-1].startswith(f"wrote {tmp_path / 'p.html'}")
+    assert (tmp_path / "p.html").is_file()
 
 
 def test_a_study_is_what_the_type_says() -> None:

@@ -304,6 +304,12 @@ def test_bad_input_is_refused_before_anything_is_written(whole: Batch, tmp_path:
     if not torch.cuda.is_available():
         with numbered(Code.DEVICE_MISSING):
             whole.predict(out, device="cuda")
+    with pytest.raises(FednnunetError) as unknown:
+        whole.predict(out, folds=("4",))
+    assert unknown.value.advice == "Leave --folds out, or give some of those that are there: 0, 1."
+    with pytest.raises(FednnunetError) as unknown:
+        whole.predict(out, checkpoint="checkpoint_best.pth")
+    assert "--checkpoint" in unknown.value.advice
 
     def at(*more: object, **environment: str) -> Done:
         return command(APPLIANCE, *whole.arguments(out, *more), cwd=tmp_path, **environment)

@@ -10,7 +10,7 @@ from commands import APPLIANCE, command, refused
 
 from appliance import settings, start_checks
 from appliance.doctor.context import Machine
-from federation.errors import Code
+from federation.errors import Code, FednnunetError
 
 BARE = {"FEDNNUNET_NAME": "hospital_a", "FEDNNUNET_ORCHESTRATOR": "host:8443"}
 
@@ -24,6 +24,55 @@ def numbers(tmp_path: Path, role: start_checks.Role, **changes: str) -> list[Cod
 
 def test_no_site_toml(tmp_path: Path) -> None:
     refused(command(APPLIANCE, "start", "--config", tmp_path / "site.toml", cwd=tmp_path), 131, "site.toml")
+
+
+def test_a_folder_given_as_config_is_its_site_toml(tmp_path: Path) -> None:
+    for arguments in (["start"], ["studies"], ["doctor", "--only", "mounts"]):
+        done = command(APPLIANCE, *arguments, "--config", tmp_path, cwd=tmp_path)
+        assert "Give the file" in done.err, done
+        refused(done, 112, str(tmp_path), "site.toml")
+    file = tmp_path / "site.toml"
+    file.write_text('name = "hospital_a"\norchestrator = "host:8443"\nstate = "state"\n')
+    found = settings.resolve(tmp_path, {})
+    assert found.settings.state == tmp_path / "state"
+    assert found.sources["name"] == str(file)
+    told = command(
+        APPLIANCE, *("doctor", "--only", "mounts", "--json", "--private", "--config"), tmp_path, cwd=tmp_path
+    )
+    assert str(file) in told.out, told
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("foo = 1", "foo: this key is not known"),
+        ('orchestrator = "host"', "orchestrator: must be HOST:PORT"),
+        ('name = "St. Elsewhere"', "name: must be a name in small letters"),
+        ('device = "tpu"', "device: must be cuda, cuda:N, mps or cpu"),
+        ("threads = 1.5", "threads: must be a whole number"),
+        ('threads = "two"', "threads: must be a whole number"),
+        ("compile = 3", "compile: must be true or false"),
+        ("data = 3", "data: must be a path"),
+        ("poll = 99", "poll: must be less than or equal to 10"),
+        ('log_format = "xml"', "log_format: must be 'rich' or 'json'"),
+        ("preprocessing_processes = 0", "preprocessing_processes: must be greater than or equal to 1"),
+    ],
+)
+def test_a_fault_in_site_toml_is_said_in_plain_words(tmp_path: Path, line: str, said: str) -> None:
+    values = {"name": '"hospital_a"', "orchestrator": '"host:8443"'}
+    key, _, value = line.partition(" = ")
+    file = tmp_path / "site.toml"
+    file.write_text("".join(f"{name} = {text}\n" for name, text in {**values, key: value}.items()))
+    with pytest.raises(FednnunetError) as caught:
+        settings.load(file, {})
+    assert caught.value.found.startswith(f"{file}: {said}")
+    for jargon in ("Input", "String", "pattern", "Value error"):
+        assert jargon not in caught.value.found
+
+
+def test_what_site_toml_lacks_is_named() -> None:
+    with pytest.raises(FednnunetError, match="name: is missing; orchestrator: is missing"):
+        settings.load(None, {})
 
 
 def test_data_missing_or_empty(tmp_path: Path) -> None:

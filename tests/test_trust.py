@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appliance.ledger_commands import in_columns
 from appliance.link.app import Link
 from appliance.link.ledger import Ledger
 from appliance.link.policy import DEFAULT, Approvals, Policy, load, write_default
@@ -489,18 +490,47 @@ def test_plain_words_say_what_leaves() -> None:
     assert "nothing finer than 3 cases" in in_plain_words(a_study(fingerprint_min_cases=3), SITE)
 
 
+def test_the_ledger_fits_80_columns_with_every_number_whole() -> None:
+    hour = dt.datetime(2026, 11, 25, 21, 53, 39, tzinfo=dt.UTC).isoformat()
+    line = {"at": hour, "study": "3f0c" * 16, "kind": "fingerprint", "fold": "all", "round": 10000, "tensors": 1234}
+    line |= {"body_bytes": 999_940, "weights_bytes": 0, "body_sha256": "ab" * 32, "weights_sha256": None}
+    sent = {**line, "to": "orchestrator.a-long-name.example.org:9444", "failure": None}
+    failed = {**line, "to": "other.example.org:9444", "failure": "FNU-402 The device ran out of memory"}
+    rows = in_columns([sent, failed])
+    assert max(map(len, rows)) <= 80, rows
+    told = "2026-11-25 21:53 3f0c3f0c fingerprint all  10000    1234 999.9 kB abababababab"
+    assert rows[0] == f"to {sent['to']}"
+    assert rows[2:4] == [told, f"to {failed['to']}"]
+    assert rows[5:] == [told, f"  {failed['failure']}"]
+
+
 def test_the_ledger_is_shown_verified_and_exported_and_a_changed_line_is_found(desk: Path, tmp_path: Path) -> None:
     house = House(tmp_path / "state" / "link")
     house.arrives(signed(a_task()))
     house.answering = trained
     house.arrives(signed(a_task(Kind.TRAIN)))
     run = lambda *arguments: command(APPLIANCE, "ledger", *arguments, "--config", desk, cwd=tmp_path)  # noqa: E731
-    assert "train, fold all, round 1" in good(run("show")).out
+    piped = [row.split("\t") for row in good(run("show")).out.splitlines()]
+    left = house.left[-1]
+    digest, size = left["weights_sha256"] or left["body_sha256"], left["body_bytes"] + left["weights_bytes"]
+    assert piped[2][1:6] == [a_study().id, "train", "all", "1", "orchestrator:8443"]
+    assert piped[2][6:] == [str(left["tensors"]), str(size), digest, ""]
     assert "2 lines, the chain holds" in good(run("verify")).out
     rows = good(run("export")).out.splitlines()
     assert rows[0].startswith("seq,at,study,kind")
     assert len(rows) == 3
     assert len(json.loads(good(run("export", "--format", "json")).out)) == 2
+    other = a_study(name="phantom-2")
+    house.arrives(signed(a_task(study=other)))
+    for called, answers in ((a_study().name, 2), (a_study().id[:4], 2), (a_study().id, 2), (other.name, 1)):
+        assert f"{answers} answers" in good(run("show", "--study", called)).out, called
+        assert len(good(run("export", "--study", called)).out.splitlines()) == 1 + answers
+    (tmp_path / "state" / "link" / "studies" / f"{other.id}.json").unlink()
+    assert "1 answers" in good(run("show", "--study", other.id)).out  # the record stays
+    for subcommand in ("show", "export"):
+        unknown = run(subcommand, "--study", a_study().id[:3])
+        assert unknown.status == 11, unknown
+        assert "FNU-130" in unknown.err, unknown
     path = tmp_path / "state" / "link" / "ledger.jsonl"
     path.write_text(path.read_text().replace('"kind":"describe"', '"kind":"finish"'))
     damaged = run("verify")

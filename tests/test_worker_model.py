@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -272,6 +273,10 @@ def test_the_sites_own_report_scores_its_cases_shows_the_worst_and_stays_there(
     assert file.stat().st_mode & 0o777 == 0o600
     text = file.read_text(encoding="utf-8")
     assert "Done: the final model lies here" in text
+    assert "Every one of our cases of imagesTs, the worst first" in text
+    assert "Every one of our held-out training cases of fold 0, the worst first" in text
+    shape = " x ".join(map(str, site.plans["original_median_shape_after_transp"]))
+    assert re.search(rf"plan(&#39;|')s median shape, whole voxels.{{,80}}{shape}", text, re.DOTALL), shape
     assert f"{validation.test['outer'].mean:.3f}" in text
     summary = files.read_json(results_of(site) / MODEL / "fold_0" / "test" / "summary.json")
     lowest = {

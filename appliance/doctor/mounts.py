@@ -1,18 +1,18 @@
 """Whether the folders are as they should be: configuration readable, data readable but not writable, state writable.
 
 Nothing is written into the data: whether it could be is asked of the kernel. One file is written into the state, and
-taken away.
+taken away; where there is no state yet, a folder is made where it would lie, and taken away.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
 from pathlib import Path
 
 from appliance.doctor.context import Context
-from appliance.doctor.disk import existing
 from appliance.doctor.finding import Finding, Private, fail, ok, warn
 from federation.errors import Code
 
@@ -69,11 +69,13 @@ def _data(path: Path) -> Finding:
 def _state(path: Path) -> Finding:
     private = {"state": Private("the state folder", str(path))}
     if not path.is_dir():
-        place = existing(path)
-        if os.access(place, os.W_OK):
-            return ok("[state] is not there yet and can be made", private=private)
-        advice = "Make it, and let the appliance's user own it."
-        return fail(Code.DISK_FULL, "[state] is not there and cannot be made", advice, private=private)
+        try:
+            _make_beside(path)
+        except OSError as error:
+            private["error"] = Private(type(error).__name__, str(error))
+            advice = "Make it, and let the appliance's user own it; or correct `state` in site.toml."
+            return fail(Code.DISK_FULL, "[state] is not there and cannot be made ([error])", advice, private=private)
+        return ok("[state] is not there yet and can be made", private=private)
     started = time.perf_counter()
     try:
         with tempfile.NamedTemporaryFile(dir=path, prefix=".doctor-") as stream:
@@ -93,3 +95,16 @@ def _state(path: Path) -> Finding:
     if milliseconds > 2000:
         return warn(found, "The disk is slow: training waits for it. Use a local disk.", private=private)
     return ok(found, private=private, measured={"fsync_ms": milliseconds})
+
+
+def _make_beside(path: Path) -> None:
+    """Make a folder in the nearest place above that is there, and take it away; raises OSError.
+
+    Tried and not only asked: root may write into /proc, says the kernel, and still can make nothing there.
+    """
+    above = (path.absolute(), *path.absolute().parents)
+    place = next(folder for folder in above if os.path.lexists(folder))
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-"):
+        pass

@@ -1,4 +1,4 @@
-"""Who runs the appliance, and who else can read the site's private key."""
+"""Who runs the appliance, who else can read the site's private key, and whether the hospital's policy can be used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from appliance.doctor.context import Context
-from appliance.doctor.finding import Finding, Private, fail, ok, warn
-from federation.errors import Code
+from appliance.doctor.finding import Finding, Private, fail, of_error, ok, warn
+from appliance.link import policy as hospital_policy
+from federation.errors import Code, FednnunetError
 
 
 def check(context: Context) -> list[Finding]:
-    """The user id, then the key file."""
-    return [_user(os.getuid()), *key(context)]
+    """The user id, the key file, the policy."""
+    return [_user(os.getuid()), *key(context), policy(context)]
 
 
 def _user(number: int) -> Finding:
@@ -78,3 +79,16 @@ def key(context: Context) -> list[Finding]:
             )
         )
     return findings or [ok(f"[key] has mode {mode:04o} and is a key that Flower takes", private=private)]
+
+
+def policy(context: Context) -> Finding:
+    """The policy, read as the link reads it at its start."""
+    path = context.settings.policy
+    private = {"policy": Private("the hospital's policy", str(path))}
+    try:
+        hospital_policy.load(path)
+    except FednnunetError as error:
+        return of_error(error)
+    if not path.is_file():
+        return ok("there is no policy.toml: each study waits for `appliance approve`", private=private)
+    return ok("[policy] can be read, and every key in it is known", private=private)

@@ -225,7 +225,7 @@ def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
             )
             parts.append(Figure(scores({"our cases": means}), caption, Table(header, rows)))
             single = [[case.name, *(number(value) for value in case.dice.values())] for case in cases[:MOST_CASES]]
-            parts.append(Folded(f"Every case of {what}, the worst first", [Table(["case", *cases[0].dice], single)]))
+            parts.append(Folded(f"Every one of our {what}, the worst first", [Table(["case", *cases[0].dice], single)]))
     if parts:
         parts.append(
             Text(
@@ -509,7 +509,7 @@ def _data(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
             [
                 *parts[0].rows,
                 ("all sites' median spacing, mm", by_axis(plans["original_median_spacing_after_transp"])),
-                ("all sites' median shape, voxels", by_axis(plans["original_median_shape_after_transp"])),
+                ("the plan's median shape, whole voxels", by_axis(plans["original_median_shape_after_transp"])),
             ]
         )
     return [*parts, intensities(datasets, "of our cases and of all sites" if len(datasets) > 1 else "of our cases")]
