@@ -11,8 +11,6 @@ Rules:
 from __future__ import annotations
 
 import datetime as dt
-import fcntl
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from typing import Any
 
 from federation import files
 from federation.errors import Code, FednnunetError
-from federation.processes import STATUS
+from federation.processes import STATUS, is_held
 
 PATIENCE = 15.0  # seconds without a sign of life
 
@@ -56,7 +54,7 @@ def ask(folders: Sequence[Path]) -> list[Health]:
     folders : sequence of Path
         Where a supervisor may have its lock and its status. One must run; what never ran is passed over.
     """
-    there = [folder for folder in folders if (folder / STATUS).is_file() and _held(folder / "lock")]
+    there = [folder for folder in folders if (folder / STATUS).is_file() and is_held(folder)]
     if not there:
         raise FednnunetError(Code.NOT_RUNNING, "no supervisor runs", "Start it; its log says why it ended.")
     found: list[Health] = []
@@ -81,18 +79,3 @@ def table(found: Sequence[Health]) -> list[str]:
 def _health(state: dict[str, Any]) -> Health:
     since = dt.datetime.fromtimestamp(state["since"], dt.UTC).isoformat(timespec="seconds")
     return Health(state["name"], state["pid"], state["restarts"], since)
-
-
-def _held(lock: Path) -> bool:
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)

@@ -100,7 +100,7 @@ class Lock:
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
 
     def _take(self, tries: int = 4) -> None:
-        """Take it; `federation.health` holds it for a moment when it asks."""
+        """Take it; `is_held` has it for a moment when it asks."""
         while True:
             try:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,6 +113,18 @@ class Lock:
     def release(self) -> None:
         """Give the folder back."""
         os.close(self._file)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process has the right to use a folder now; asked without taking it, for a moment (`Lock._take`)."""
+    try:
+        with open(folder / "lock", "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 _reserved: list[socket.socket] = []

@@ -7,13 +7,13 @@ from which a whole one is guessed by its number of voxels. Loading and augmentat
 
 from __future__ import annotations
 
-import fcntl
 import math
 
 from appliance.doctor import child
 from appliance.doctor.context import Context
 from appliance.doctor.finding import Finding, fail, ok, skipped
 from federation.errors import Code, FednnunetError
+from federation.processes import is_held
 
 SECONDS = 240.0
 FULL = 2 * 128**3
@@ -60,13 +60,5 @@ def check(context: Context) -> list[Finding]:
 
 
 def worker_runs(context: Context) -> bool:
-    """Whether an appliance of this state folder runs a worker now: it holds a lock (federation.processes.Lock)."""
-    for role in ("all", "worker"):
-        try:
-            with open(context.settings.state / f"role-{role}" / "lock", "rb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            continue
-    return False
+    """Whether an appliance of this state folder runs a worker now."""
+    return any(is_held(context.settings.state / f"role-{role}") for role in ("all", "worker"))

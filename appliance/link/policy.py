@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from appliance.settings import in_words
 from federation import files
 from federation.errors import Code, FednnunetError
 from federation.study import Study
@@ -144,8 +145,7 @@ def load(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FednnunetError(Code.SETTINGS_INVALID, f"{path}: {error}") from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise FednnunetError(Code.SETTINGS_INVALID, f"{path}: {faults}") from error
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{path}: {in_words(error)}") from error
 
 
 def write_default(path: Path) -> None:
