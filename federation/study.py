@@ -427,12 +427,34 @@ def parse(value: Any, where: str = "the study") -> Study:
         raise FednnunetError(Code.STUDY_INVALID, f"{where}\n" + "\n".join(faults)) from error
 
 
+class _Reader(yaml.SafeLoader):
+    """YAML's safe loader; it notes in `twice` each key that stands in a mapping again, where YAML takes the last."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):  # 0 and "0" are one key to a study
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    self.twice.append(f"  {key.value}: given twice, in line {lines[key.value]} and in line {line}")
+                lines[key.value] = line
+        return node
+
+
 def load(path: Path) -> Study:
     """Read a study file; raises FNU-101 or FNU-102."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reader = _Reader(path.read_text(encoding="utf-8"))
+        value = reader.get_single_data()
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, 2026-13-01
         raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: {error}") from error
+    if reader.twice:
+        raise FednnunetError(Code.STUDY_INVALID, "\n".join([str(path), *reader.twice[:MOST_FAULTS]]))
     if not isinstance(value, dict):
         raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: it holds no keys and values")
     return parse(value, str(path))
