@@ -177,12 +177,16 @@ def test_a_study_file_that_cannot_be_used_is_named_with_each_fault(
         (["hospital_a=.", "hospital_a=."], 106, ["hospital_a is given twice"]),
         (["hospital_a=.", "hospital_b"], 106, ["--site hospital_b", "NAME=PATH"]),
         (["hospital_a=.", "hospital_b=nowhere"], 201, ["hospital_b", "nowhere"]),
+        (["hospital_a=here", "hospital_b=here"], 106, ["hospital_a=here", "hospital_b=here", "the same folder"]),
+        (["hospital_a=here", "hospital_b=there"], 106, ["hospital_a=here", "hospital_b=there", "the same folder"]),
     ],
 )
 def test_sites_that_do_not_match_the_study_are_named(
     tmp_path: Path, sites: list[str], number: int, named: list[str]
 ) -> None:
     write_study(tmp_path / "study.yaml", phantom_study(["hospital_a", "hospital_b"]))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").symlink_to("here")
     options = [part for site in sites for part in ("--site", site)]
     refused(fednnunet("simulate", "run", "study.yaml", *options, cwd=tmp_path), number, *named)
     assert not (tmp_path / "fednnunet-state").exists(), "something was started"
