@@ -119,6 +119,29 @@ def test_plain_lines_tell_what_a_person_wants_to_know(whole: Written) -> None:
     assert "north is online" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "-c 3d_fullres -f all -p nnUNetSmallPlans"),
+        (
+            {"fold": "0-4", "configuration": "2d", "trainer": "nnUNetTrainer_250epochs", "rounds": 250},
+            "-c 2d -f 0 1 2 3 4 -tr nnUNetTrainer_250epochs -p nnUNetSmallPlans",
+        ),
+    ],
+)
+def test_a_study_ends_with_the_command_that_predicts_with_its_model(
+    tmp_path: Path, changes: dict[str, object], command: str
+) -> None:
+    written = Written(tmp_path, **changes)
+    written.to_the_end()
+    files.write_json(written.folder / "plan.json", {"plans": {"plans_name": "nnUNetSmallPlans"}})
+    lines = good(fednnunet("study", "watch", "--state", tmp_path, cwd=tmp_path)).out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("install it with: "))
+    assert lines[at + 1] == (
+        f"predict with: nnUNetv2_predict -i IMAGES -o OUT -d Dataset300_PhantomFederation {command}"
+    )
+
+
 def test_list_show_and_export_by_name_by_id_and_with_nothing_there(tmp_path: Path, whole: Written) -> None:
     other = Written(tmp_path, "other")
     other.write("opened", run=2)

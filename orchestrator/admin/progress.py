@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from federation import files
 from federation.audit import Tail
 from federation.errors import Code, FednnunetError
 from federation.readable import ago, clock, moment, number, size
@@ -244,7 +245,20 @@ def print_end(console: Console, history: History, folder: Path) -> None:
         return
     console.print(f"model: {archive} ({size(history.exported['nbytes'])})", soft_wrap=True)
     console.print(f"install it with: nnUNetv2_install_pretrained_model_from_zip {archive}", soft_wrap=True)
+    if (plan := folder / "plan.json").exists():
+        plans = files.read_json(plan)["plans"]["plans_name"]
+        console.print(f"predict with: {_predict(history.study, plans)}", soft_wrap=True, highlight=False)
     _print_stages(console, history.study, folder)
+
+
+def _predict(study: Study, plans: str) -> str:
+    """nnU-Net's command that predicts with the exported model; `plans` is their name."""
+    trainer = "" if study.trainer == Study.model_fields["trainer"].default else f" -tr {study.trainer}"
+    previous = " -prev_stage_predictions FIRST_STAGE_OUT" if study.previous_stage is not None else ""
+    return (
+        f"nnUNetv2_predict -i IMAGES -o OUT -d {study.dataset} -c {study.configuration} -f {' '.join(study.folds)}"
+        f"{trainer} -p {plans}{previous}"
+    )
 
 
 def _print_stages(console: Console, study: Study, folder: Path) -> None:
@@ -253,7 +267,7 @@ def _print_stages(console: Console, study: Study, folder: Path) -> None:
         archive = folder.parent / study.previous_stage / f"{study.dataset}.zip"
         console.print(
             f"its first stage too: nnUNetv2_install_pretrained_model_from_zip {archive}; the output folder of its "
-            "nnUNetv2_predict is this model's -prev_stage_predictions",
+            "nnUNetv2_predict is FIRST_STAGE_OUT",
             soft_wrap=True,
         )
     elif study.configuration == LOWRES and study.fold in ("0-4", "all"):
