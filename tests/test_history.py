@@ -169,8 +169,22 @@ def test_list_show_and_export_by_name_by_id_and_with_nothing_there(tmp_path: Pat
 
     refused(fednnunet("study", "export", "small", *state, "--output", out, cwd=tmp_path), 129, "out")
     refused(fednnunet("study", "show", "unknown", *state, cwd=tmp_path), 120, "small", "other")
+    (tmp_path / "empty" / "authority").mkdir(parents=True)  # as `federation init` makes it
     assert "no study yet" in good(fednnunet("study", "list", "--state", tmp_path / "empty", cwd=tmp_path)).out
     refused(fednnunet("study", "watch", "--state", tmp_path / "empty", cwd=tmp_path), 120)
+
+
+@pytest.mark.parametrize("command", ["list", "watch", "show small", "best small"])
+def test_a_folder_that_is_no_orchestrators_state_is_said_and_the_one_below_is_named(
+    tmp_path: Path, command: str
+) -> None:
+    words = ("study", *command.split(), "--state")
+    refused(fednnunet(*words, "nowhere", cwd=tmp_path), 113, f"{tmp_path / 'nowhere'} is not an orchestrator's state")
+    right = tmp_path / "fednnunet-state" / "small" / "orchestrator"
+    Written(right)
+    for wrong in (right.parent, right.parent.parent):
+        refused(fednnunet(*words, wrong, cwd=tmp_path), 113, f"did you mean --state {right}?")
+    assert not (right.parent / "best").exists()
 
 
 def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_path: Path) -> None:

@@ -111,11 +111,30 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
 
 
 def _find(state: Path, which: str) -> Found:
-    """One study of a state folder; raises FNU-120."""
+    """One study of a state folder; raises FNU-113 or FNU-120."""
     from orchestrator.history import choose, studies
 
-    folder = state.resolve() / "studies"
+    folder = _studies_folder(state)
     return choose(which, studies(folder), f"studies in {folder}")
+
+
+def _studies_folder(state: Path) -> Path:
+    """Folder of the studies of an orchestrator; raises FNU-113, naming one below, where `state` is none's."""
+    from federation.errors import Code, FednnunetError
+
+    def is_one(folder: Path) -> bool:
+        return any((folder / name).is_dir() for name in ("authority", "studies"))
+
+    folder = state.resolve()
+    if not is_one(folder):
+        below = [*folder.glob("orchestrator"), *sorted(folder.glob("*/orchestrator"))]
+        meant = " or ".join(f"--state {one}" for one in below if is_one(one))
+        raise FednnunetError(
+            Code.STATE_NOT_READY,
+            f"{folder} is not an orchestrator's state folder" + (f"; did you mean {meant}?" if meant else ""),
+            "Give the folder of `fednnunet federation init`; of a simulation, the folder `orchestrator` in its own.",
+        )
+    return folder / "studies"
 
 
 def _see_through(state: Path, found: Found, history: History, tail: Tail, console: Console) -> None:
@@ -146,9 +165,10 @@ def watch(
     if which:
         found = _find(state, which)
     else:
-        known = studies(state.resolve() / "studies")
+        folder = _studies_folder(state)
+        known = studies(folder)
         if not known:
-            raise FednnunetError(Code.STUDY_NOT_FOUND, f"{state.resolve() / 'studies'} has none")
+            raise FednnunetError(Code.STUDY_NOT_FOUND, f"{folder} has none")
         found = known[-1]
     history, tail = so_far(found.study, found.folder)
     _see_through(state, found, history, tail, Console())
@@ -163,7 +183,7 @@ def list_(state: State) -> None:
     from orchestrator.history import load, studies
 
     console = Console()
-    known = studies(state.resolve() / "studies")
+    known = studies(_studies_folder(state))
     if known:
         console.print(studies_table([(found, load(found.folder)) for found in known]))
     else:
@@ -316,6 +336,6 @@ def best(
     from orchestrator.admin.best import show
     from orchestrator.finished import find
 
-    folder = state.resolve()
-    found = [find(folder / "studies", given) for given in studies]
-    show(found, folder / "best" / found[0].study.dataset, Console())
+    folder = _studies_folder(state)
+    found = [find(folder, given) for given in studies]
+    show(found, folder.parent / "best" / found[0].study.dataset, Console())
