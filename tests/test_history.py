@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import fednnunet, good, refused
+from commands import FEDNNUNET, begin, end, fednnunet, good, refused, wait_for
 from journals import SITES, Written
 from rich.console import Console
 
@@ -200,3 +200,24 @@ def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_pa
     journal = Journal(written.folder, written.study)
     journal.check()  # the request is withdrawn
     journal.close()
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_a_stopped_study_says_what_lets_it_go_on_there(tmp_path: Path, simulated: bool) -> None:
+    state = tmp_path / "my state" / "orchestrator"
+    written = Written(state)
+    written.write("opened", run=1)
+    written.round(1)
+    if simulated:
+        files.write_bytes(tmp_path / "my state" / "sites" / "north" / "config" / "site.toml", b"")
+    go_on = (
+        "the same `fednnunet simulate` command again"
+        if simulated
+        else "fednnunet study resume small --state 'my state/orchestrator'"
+    )
+    process = begin(FEDNNUNET, "study", "stop", "small", "--state", "my state/orchestrator", cwd=tmp_path)
+    wait_for((written.folder / "stop.json").exists, 30, "the request")
+    written.write("stopped", by="ada")
+    assert good(end(process)).out == f"study small is stopped after 1 of 3 rounds; to go on: {go_on}\n"
+    watched = fednnunet("study", "watch", "--state", "my state/orchestrator", cwd=tmp_path)
+    refused(watched, 509, "stopped by ada after 1 of 3 rounds", f"To go on: {go_on}")

@@ -67,8 +67,22 @@ def _round_line(history: History, line: dict[str, Any]) -> str:
     )
 
 
-def raise_failure(history: History, where: str) -> None:
-    """Raise what made the study fail, if it has failed; `where` says where to look further."""
+def raise_failure(history: History, where: str, go_on: str) -> None:
+    """Raise what kept the study from its end: its failure, or FNU-509 when somebody stopped it.
+
+    Parameters
+    ----------
+    history : History
+        The study so far.
+    where : str
+        Where to look further.
+    go_on : str
+        What lets it go on after a stop, for people.
+    """
+    if history.ended == "stopped":
+        done = f"{history.done_rounds} of {history.all_rounds} rounds"
+        found = f"study {history.study.name}: stopped by {history.stopped_by} after {done}\n{where}"
+        raise FednnunetError(Code.STUDY_STOPPED, found, f"To go on: {go_on}")
     if history.ended == "failed":
         code = Code.of(history.number)
         found = history.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")

@@ -45,6 +45,8 @@ from orchestrator.enrollment.ceremony import let_in
 from orchestrator.history import REPORT, History, so_far
 
 LOOPBACK = "127.0.0.1"
+AGAIN = "the same `fednnunet simulate` command again"
+"""How a simulated study goes on: nothing runs that `study resume` could ask."""
 START_TIMEOUT = 120.0
 REPORT_TIMEOUT = 60.0
 POLICY = b'# Simulated: whoever starts the study owns the data.\nstudies = "any"\n'
@@ -248,7 +250,7 @@ class Simulation:
         history.ended = None
         self._watch(history, tail, console)
         self._await_report(study)
-        raise_failure(history, self._where(history))
+        raise_failure(history, self._where(history), AGAIN)
         return history
 
     def _await_report(self, study: Study) -> None:
@@ -295,6 +297,12 @@ class Simulation:
         reports = [self.state / "sites" / site / "state" / report_at_site(study) for site in faulty]
         places = [f"site report: {path}" for path in reports] + [f"journal: {self.study_folder(study)}"]
         return "\n".join([*places, f"logs: {self.state}/sites/*/state/logs, {self.orchestrator / 'logs'}"])
+
+
+def is_simulated(orchestrator: Path) -> bool:
+    """Whether this state folder of an orchestrator is that of a simulation."""
+    folder = orchestrator.resolve()
+    return folder.name == "orchestrator" and any(folder.parent.glob("sites/*/config/site.toml"))
 
 
 def _command(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -145,7 +146,7 @@ def _see_through(state: Path, found: Found, history: History, tail: Tail, consol
     watch(history, tail, console, lambda: check_room(state))
     faulty = re.search(r"FNU-(109|2\d\d)", history.reason)
     report = f"site report, in the site's own state folder: {report_at_site(found.study)}\n" if faulty else ""
-    raise_failure(history, f"{report}journal: {found.folder}")
+    raise_failure(history, f"{report}journal: {found.folder}", _go_on(state, found.study.name))
     print_end(console, history, found.folder)
 
 
@@ -219,11 +220,18 @@ def stop(which: Which, state: State) -> None:
         return
     with recorded(state, "study stop", study=found.study.id, name=found.study.name):
         request_stop(found.folder, user())
-    console.print(_stopped(history, tail), soft_wrap=True)
+    console.print(_stopped(history, tail, _go_on(state, found.study.name)), soft_wrap=True, highlight=False)
 
 
-def _stopped(history: History, tail: Tail) -> str:
-    """Wait until a study has ended, or `STOP_TIMEOUT`; what to tell a person."""
+def _go_on(state: Path, name: str) -> str:
+    """What lets a stopped study go on, for people."""
+    from orchestrator.admin.simulate import AGAIN, is_simulated
+
+    return AGAIN if is_simulated(state) else f"fednnunet study resume {name} --state {shlex.quote(str(state))}"
+
+
+def _stopped(history: History, tail: Tail, go_on: str) -> str:
+    """Wait until a study has ended, or `STOP_TIMEOUT`; what to tell a person, with what lets it `go_on`."""
     end = time.monotonic() + STOP_TIMEOUT
     while history.ended is None and time.monotonic() < end:
         time.sleep(0.2)
@@ -233,7 +241,7 @@ def _stopped(history: History, tail: Tail) -> str:
     match history.ended:
         case "stopped":
             done = f"{history.done_rounds} of {history.all_rounds} rounds"
-            return f"study {name} is stopped after {done}; to go on: fednnunet study resume {name}"
+            return f"study {name} is stopped after {done}; to go on: {go_on}"
         case None:
             return "asked for; the coordinator stops it as soon as it looks (is `orchestrator health` well?)"
         case ended:
