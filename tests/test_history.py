@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,21 @@ def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_pa
     journal = Journal(written.folder, written.study)
     journal.check()  # the request is withdrawn
     journal.close()
+
+
+def test_watch_without_a_terminal_says_first_how_the_study_stands(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    written.write("opened", run=1)
+    written.write("phase", phase="training")
+    written.round(1)
+    process = begin(FEDNNUNET, "study", "watch", "--state", tmp_path, cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()  # while nothing more happens
+    finally:
+        process.send_signal(signal.SIGINT)
+    assert re.fullmatch(r"study small: training, round 1 of 3, since \d{4}-\d\d-\d\d [\d:]{8} UTC\n", first)
+    assert end(process).status == 130
 
 
 @pytest.mark.parametrize("simulated", [False, True])

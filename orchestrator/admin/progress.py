@@ -23,7 +23,7 @@ from rich.text import Text
 from federation import files
 from federation.audit import Tail
 from federation.errors import Code, FednnunetError
-from federation.readable import ago, clock, moment, number, size
+from federation.readable import ago, clock, moment, number, size, timestamp
 from federation.study import CASCADE, LOWRES, Study
 from federation.tasks import Validation
 from orchestrator.admin.layers import layers_table, read_layers, summary
@@ -65,6 +65,12 @@ def _round_line(history: History, line: dict[str, Any]) -> str:
         f"pseudo-Dice {number(mean([epoch.mean_dice for epoch in epochs]))}, "
         f"{len(line['participants'])} of {len(history.sites)} sites{missing}, {line['seconds']:.1f} s"
     )
+
+
+def standing(history: History) -> str:
+    """How a study stands, in one line: `small: training, round 3 of 8, since 2026-11-25 21:53:39 UTC`."""
+    since = timestamp(history.phases[-1][1] if history.phases else history.began)
+    return f"{history.study.name}: {history.phase}, round {history.done_rounds} of {history.all_rounds}, since {since}"
 
 
 def raise_failure(history: History, where: str, go_on: str) -> None:

@@ -161,6 +161,7 @@ def watch(
     from rich.console import Console
 
     from federation.errors import Code, FednnunetError
+    from orchestrator.admin.progress import standing
     from orchestrator.history import so_far, studies
 
     if which:
@@ -171,8 +172,11 @@ def watch(
         if not known:
             raise FednnunetError(Code.STUDY_NOT_FOUND, f"{folder} has none")
         found = known[-1]
+    console = Console()
     history, tail = so_far(found.study, found.folder)
-    _see_through(state, found, history, tail, Console())
+    if history.ended is None and not console.is_terminal:  # there the live screen says it
+        console.print(f"study {standing(history)}", soft_wrap=True, highlight=False)
+    _see_through(state, found, history, tail, console)
 
 
 @app.command(name="list")
