@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import FEDNNUNET, begin, end, fednnunet, good, refused, wait_for
+from commands import FEDNNUNET, begin, end, fednnunet, good, refused, wait_for, write_study
 from journals import SITES, Written
 from rich.console import Console
 
@@ -216,6 +216,30 @@ def test_watch_without_a_terminal_says_first_how_the_study_stands(tmp_path: Path
         process.send_signal(signal.SIGINT)
     assert re.fullmatch(r"study small: training, round 1 of 3, since \d{4}-\d\d-\d\d [\d:]{8} UTC\n", first)
     assert end(process).status == 130
+
+
+@pytest.mark.parametrize("stop_after", ["finish", "prepare"])
+def test_a_done_study_asked_for_again_says_last_that_nothing_was_run_and_where_it_ended(
+    tmp_path: Path, stop_after: str
+) -> None:
+    sites = [part for site in SITES for part in ("--site", f"{site}={site}")]
+    for site in SITES:
+        (tmp_path / site).mkdir()
+    written = Written(tmp_path / "state" / "orchestrator", stop_after=stop_after)
+    if stop_after == "finish":
+        written.to_the_end()
+    else:
+        written.write("done")
+    file = write_study(tmp_path / "study.yaml", written.study.model_dump(mode="json", exclude_defaults=True))
+    for command in (
+        ("simulate", "run", file, *sites, "--state", "state"),
+        ("study", "submit", file, "--state", "state/orchestrator"),
+        ("study", "submit", file, "--state", "state/orchestrator", "--no-wait"),
+    ):
+        lines = good(fednnunet(*command, cwd=tmp_path)).out.splitlines()
+        assert re.fullmatch(r"nothing was run: study small is done already, since [-\d]{10} [:\d]{8} UTC", lines[-1])
+        ended = f"study small ended after prepare, as its stop_after says: {written.folder}"
+        assert (ended in lines) == (stop_after == "prepare" and "--no-wait" not in command)
 
 
 @pytest.mark.parametrize("simulated", [False, True])

@@ -246,6 +246,9 @@ def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> T
 
 def print_end(console: Console, history: History, folder: Path) -> None:
     """What a person wants to know when a study has ended well."""
+    if history.ended == "done" and history.study.stop_after != "finish":
+        why = f"ended after {history.study.stop_after}, as its stop_after says"
+        console.print(f"study {history.study.name} {why}: {folder}", soft_wrap=True, highlight=False)
     if history.exported is None:
         return
     for one in history.left_out:
@@ -269,6 +272,12 @@ def print_end(console: Console, history: History, folder: Path) -> None:
         plans = files.read_json(plan)["plans"]["plans_name"]
         console.print(f"predict with: {_predict(history.study, plans)}", soft_wrap=True, highlight=False)
     _print_stages(console, history.study, folder)
+
+
+def print_was_done(console: Console, history: History) -> None:
+    """The last line where a study that is done was asked for again: what stands above was made then."""
+    text = f"nothing was run: study {history.study.name} is done already, since {timestamp(history.ended_at)}"
+    console.print(text, style="yellow", soft_wrap=True, highlight=False)
 
 
 def _predict(study: Study, plans: str) -> str:

@@ -38,7 +38,7 @@ from federation.console import shown
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, check_room, free_port
 from federation.study import SITE_NAME, Study
-from orchestrator.admin.progress import print_end, raise_failure, report_at_site, watch
+from orchestrator.admin.progress import print_end, print_was_done, raise_failure, report_at_site, watch
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 from orchestrator.enrollment.ceremony import let_in
@@ -224,6 +224,8 @@ class Simulation:
     def run(self, study: Study, console: Console) -> History:
         """Start everything, run a study to its end, end everything; raises what made the study fail.
 
+        A study that is done already starts nothing.
+
         Parameters
         ----------
         study : Study
@@ -233,7 +235,6 @@ class Simulation:
         """
         history, _ = self._so_far(study)
         if history.ended == "done":
-            console.print(f"study {study.name} is done already: {self.study_folder(study)}", soft_wrap=True)
             return history
         with self.running():
             return self.conduct(study, console)
@@ -342,4 +343,6 @@ def simulate(study: Study, state: Path, sites: Mapping[str, Path], options: Site
     finally:
         signal.signal(signal.SIGTERM, before)
     print_end(console, history, simulation.study_folder(study))
+    if simulation.supervisor is None:
+        print_was_done(console, history)
     return simulation.study_folder(study)

@@ -92,6 +92,7 @@ def resume(which: Which, state: State, control_address: ControlAddress = _CONTRO
 
 def _begin(state: Path, address: str, found: Found, event: str, wait: bool, console: Console) -> None:
     """Start a study, unless it is under way or done, and show it until it ends where `wait` says so."""
+    from orchestrator.admin.progress import print_was_done
     from orchestrator.admin.reach import control, reaching
     from orchestrator.enrollment.record import recorded
     from orchestrator.history import so_far
@@ -99,9 +100,10 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
 
     study = found.study
     history, tail = so_far(found.study, found.folder)
+    was_done = history.ended == "done"
     if tail.path.exists() and history.ended is None:
         console.print(f"study {study.name} is under way: {history.phase}, round {history.done_rounds}")
-    elif history.ended != "done":
+    elif not was_done:
         with recorded(state, event, study=study.id, name=study.name), reaching(address):
             withdraw_stop(found.folder)
             control(state, address).start(study.model_dump_json())
@@ -109,6 +111,8 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
     if wait:
         _see_through(state, found, history, tail, console)
+    if was_done:
+        print_was_done(console, history)
 
 
 def _find(state: Path, which: str) -> Found:
