@@ -387,6 +387,11 @@ class Code(Enum):
         "An answer of a site that is not registered, or was revoked",
         "`fednnunet site list` says who takes part; let the site in, or leave it out of the study.",
     )
+    STUDY_STOPPED = (
+        509,
+        "The study was stopped before its end",
+        "`fednnunet study resume STUDY --state STATE`; a simulation: the same `fednnunet simulate` command again.",
+    )
 
     # 6xx: the link and the network
     BUNDLE_REFUSED = (

@@ -12,12 +12,16 @@ Rules:
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from federation import trainers
 from federation.errors import Code, FednnunetError
@@ -26,6 +30,30 @@ from federation.layers import kept_local, possible_names, unknown_patterns
 
 SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 MOST_FAULTS = 12
+NAME, PLANS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$", r"^[A-Za-z0-9][A-Za-z0-9_]{0,62}$"
+DATASET, FILE_ENDING = r"^Dataset[0-9]{3}_[A-Za-z0-9_-]{1,60}$", r"^\.[A-Za-z0-9.]{1,12}$"
+TRAINER, SHA256 = r"^[A-Za-z][A-Za-z0-9_]{0,80}$", r"^[0-9a-f]{64}$"
+PATTERNS = {
+    SITE_NAME: "name in small letters, digits, `-` and `_`",
+    NAME: "name in letters, digits, `-` and `_`",
+    PLANS_NAME: "name in letters, digits and `_`",
+    DATASET: "`DatasetNNN_Name`",
+    FILE_ENDING: "file ending with its dot",
+    TRAINER: "class name in letters, digits and `_`",
+    SHA256: "SHA-256 in hex",
+}
+"""Patterns of text in words."""
+WORDS = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "text (in quotes where it looks like a number)",
+    "greater_than": "above {gt:.10g}",
+    "greater_than_equal": "at least {ge:.10g}",
+    "less_than": "below {lt:.10g}",
+    "less_than_equal": "at most {le:.10g}",
+}
+"""What a value must be, by the type of pydantic's error."""
 SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 Fold = Literal["0", "1", "2", "3", "4", "0-4", "all"]
 StopAfter = Literal["describe", "fingerprint", "plan", "prepare", "finish"]
@@ -99,13 +127,18 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$", description="A short name for people.")
+    name: str = Field(pattern=NAME, examples=["liver-2026"], description="A short name for people.")
     dataset: str = Field(
-        pattern=r"^Dataset[0-9]{3}_[A-Za-z0-9_-]{1,60}$",
+        pattern=DATASET,
+        examples=["Dataset401_Liver"],
         description="nnU-Net's name for the federated dataset, `DatasetNNN_Name`. It names the model, not the folders "
         "at the sites.",
     )
-    sites: list[SiteName] = Field(min_length=1, description="The sites that take part, by their enrolled names.")
+    sites: list[SiteName] = Field(
+        min_length=1,
+        examples=["[hospital_a, hospital_b]"],
+        description="The sites that take part, by their enrolled names.",
+    )
     mode: Literal["ffe", "asymfedavg"] = Field(
         "ffe",
         description="`ffe`: one plan from the pooled fingerprint, the same network everywhere. `asymfedavg`: each site "
@@ -118,16 +151,20 @@ class Study(BaseModel):
         "`common` averages only layers that every site has (the paper's rule).",
     )
     channel_names: dict[str, str] = Field(
-        min_length=1, description="The contract: nnU-Net's channel_names, such as `{0: CT}`."
+        min_length=1, examples=["{0: CT}"], description="The contract: nnU-Net's channel_names, such as `{0: CT}`."
     )
     labels: dict[str, int | list[int]] = Field(
-        min_length=2, description="The contract: nnU-Net's labels, such as `{background: 0, tumour: 1}`."
+        min_length=2,
+        examples=["{background: 0, tumour: 1}"],
+        description="The contract: nnU-Net's labels, such as `{background: 0, tumour: 1}`.",
     )
     regions_class_order: list[int] | None = Field(
-        None, description="nnU-Net's regions_class_order; needed when a label is a list of numbers."
+        None,
+        examples=["[1, 2]"],
+        description="nnU-Net's regions_class_order; needed when a label is a list of numbers.",
     )
     file_ending: str = Field(
-        ".nii.gz", pattern=r"^\.[A-Za-z0-9.]{1,12}$", description="The contract: the images' ending."
+        ".nii.gz", pattern=FILE_ENDING, examples=[".nii.gz"], description="The contract: the images' ending."
     )
     accept_float_labels: bool = Field(
         False,
@@ -151,11 +188,14 @@ class Study(BaseModel):
         None, gt=0, description="GPU memory in GB that the planner may fill (-gpu_memory_target); empty: the planner's."
     )
     overwrite_target_spacing: list[float] | None = Field(
-        None, description="Target spacing in mm instead of the planned one (-overwrite_target_spacing)."
+        None,
+        examples=["[1, 1, 1]"],
+        description="Target spacing in mm instead of the planned one (-overwrite_target_spacing).",
     )
     plans_name: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_]{0,62}$",
+        pattern=PLANS_NAME,
+        examples=["nnUNetPlans"],
         description="Name of the plans (-overwrite_plans_name, -p); empty: the planner's own.",
     )
     configuration: Literal["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"] = Field(
@@ -163,13 +203,14 @@ class Study(BaseModel):
     )
     previous_stage: str | None = Field(
         None,
-        pattern=r"^[0-9a-f]{64}$",
+        pattern=SHA256,
         description="`3d_cascade_fullres`: id of the finished study of 3d_lowres whose model predicts, at every site, "
         "what the cascade starts from.",
     )
     trainer: str = Field(
         "nnUNetTrainer",
-        pattern=r"^[A-Za-z][A-Za-z0-9_]{0,80}$",
+        pattern=TRAINER,
+        examples=["nnUNetTrainer"],
         description="nnU-Net's trainer class (-tr), one of those in reference/nnunet-breadth.",
     )
     fold: Fold = Field(
@@ -191,6 +232,7 @@ class Study(BaseModel):
     )
     keep_local: list[str] = Field(
         [],
+        examples=["[norm]"],
         description="Layers that stay at each site and are not averaged: `norm`, `seg_head`, or a pattern of tensor "
         "names such as `decoder.*`. Each site then has a model of its own.",
     )
@@ -198,7 +240,9 @@ class Study(BaseModel):
         "keep",
         description="What a site's optimizer remembers of the round before: `keep` its momentum, or `reset` it.",
     )
-    aggregation: Aggregation = Field(default_factory=Aggregation, description="How updates are put together.")
+    aggregation: Aggregation = Field(
+        default_factory=Aggregation, examples=["{method: median}"], description="How updates are put together."
+    )
     wire: Literal["full", "half", "int8"] = Field(
         "full",
         description="`full`: float32, lossless. `half`: float16 differences, half the bytes. `int8`: differences in 8 "
@@ -223,7 +267,7 @@ class Study(BaseModel):
     )
     pretrained_weights: str | None = Field(
         None,
-        pattern=r"^[0-9a-f]{64}$",
+        pattern=SHA256,
         description="SHA-256 of a checkpoint in the orchestrator's folder `pretrained` that the first weights are "
         "taken from (-pretrained_weights).",
     )
@@ -415,24 +459,95 @@ def parse(value: Any, where: str = "the study") -> Study:
     try:
         return Study.model_validate(value)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            place = ".".join(str(part) for part in fault["loc"]) or "study"
-            message = re.sub(r"^Value error, ", "", fault["msg"])
-            if fault["type"] == "extra_forbidden":
-                message = "this key is not known"
-            faults.append(f"  {place}: {message}")
-        if len(faults) > MOST_FAULTS:
-            faults = [*faults[:MOST_FAULTS], f"  and {len(faults) - MOST_FAULTS} more"]
-        raise FednnunetError(Code.STUDY_INVALID, f"{where}\n" + "\n".join(faults)) from error
+        found = [f"  {line}" for line in faults(error, Study)]
+        if len(found) > MOST_FAULTS:
+            found = [*found[:MOST_FAULTS], f"  and {len(found) - MOST_FAULTS} more"]
+        raise FednnunetError(Code.STUDY_INVALID, f"{where}\n" + "\n".join(found)) from error
+
+
+def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What is wrong with a person's text, in our words: `KEY: what it must be`; a rule between keys stands alone."""
+    found: dict[str, str] = {}
+    for fault in error.errors():
+        place, words = fault["loc"], _in_words(fault, model)
+        if place[-1:] == ("[key]",):  # a key that is no text: the mapping is the wrong way round
+            place, words = place[:-2], f"must be a mapping{_such_as(_field(model, place)[1])}"
+        for tag in {"int", "list[int]"}.intersection(place[2:]):  # one fault for each half of `int | list[int]`
+            place, words = place[: place.index(tag, 2)], "must be a whole number, or a list of whole numbers"
+        found.setdefault(".".join(map(str, place)), words)
+    return [f"{place}: {words}" if place else words for place, words in found.items()]
+
+
+def _in_words(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    owner, field = _field(model, fault["loc"])
+    context, given = fault.get("ctx", {}), f", not {_short(fault['input'])}"
+    match fault["type"]:
+        case "missing":
+            return f"this key is needed{_such_as(field)}"
+        case "extra_forbidden" | "invalid_key":
+            near = difflib.get_close_matches(str(fault["loc"][-1]), owner.model_fields, 1)
+            return "this key is not known" + (f"; did you mean {near[0]}?" if near else "")
+        case "string_pattern_mismatch" if context["pattern"] in PATTERNS:
+            return f"{_short(fault['input'])} is not a {PATTERNS[context['pattern']]}{_such_as(field)}"
+        case "too_short":
+            return f"has too few entries, needs {context['min_length']} or more{_such_as(field)}"
+        case "literal_error":
+            return f"must be {context['expected']}{given}"
+        case "dict_type" | "model_type" | "list_type":
+            return f"must be a {'list' if fault['type'] == 'list_type' else 'mapping'}{_such_as(field)}{given}"
+        case kind if kind in WORDS:
+            return f"must be {WORDS[kind].format(**context)}{given}"
+    return re.sub("^Input should be ", "must be ", fault["msg"].removeprefix("Value error, "))
+
+
+def _field(model: type[BaseModel], place: Sequence[int | str]) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The model that the last key of a place is looked up in, and the field that it lies in, where one is known."""
+    field = None
+    for part in place:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model, field
+
+
+def _such_as(field: FieldInfo | None) -> str:
+    return f", such as {field.examples[0]}" if field is not None and field.examples else ""
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 50 else f"{text[:47]}..."
+
+
+class _Reader(yaml.SafeLoader):
+    """YAML's safe loader; it notes in `twice` each key that stands in a mapping again, where YAML takes the last."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):  # 0 and "0" are one key to a study
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    self.twice.append(f"  {key.value}: given twice, in line {lines[key.value]} and in line {line}")
+                lines[key.value] = line
+        return node
 
 
 def load(path: Path) -> Study:
     """Read a study file; raises FNU-101 or FNU-102."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reader = _Reader(path.read_text(encoding="utf-8"))
+        value = reader.get_single_data()
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, 2026-13-01
         raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: {error}") from error
+    if reader.twice:
+        raise FednnunetError(Code.STUDY_INVALID, "\n".join([str(path), *reader.twice[:MOST_FAULTS]]))
     if not isinstance(value, dict):
         raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: it holds no keys and values")
     return parse(value, str(path))

@@ -131,6 +131,17 @@ def test_c_with_nothing_to_continue_is_refused_and_a_setting_that_is_wrong_too(r
         ("name: [demo\nsites: {", 101, ["study.yaml", "line 2"]),
         ("\x00\x01", 101, ["study.yaml"]),
         ("just a sentence", 101, ["study.yaml"]),
+        ("name: 2026-13-01\n", 101, ["study.yaml", "month"]),
+        (
+            "rounds: 5\nlabels: {organ: 1,\n  organ: 2}\nrounds: 6\n",
+            102,
+            [
+                "study.yaml",
+                "rounds: given twice, in line 1 and in line 4",
+                "organ: given twice, in line 2 and in line 3",
+            ],
+        ),
+        ("channel_names: {0: CT, '0': MR}\n", 102, ["0: given twice, in line 1 and in line 1"]),
         ("name: demo\n", 102, ["study.yaml", "dataset", "sites", "channel_names", "labels"]),
         ({"round": 5}, 102, ["study.yaml", "round: this key is not known"]),
         ({"rounds": 0, "wire": "double"}, 102, ["rounds", "wire"]),
@@ -141,7 +152,8 @@ def test_c_with_nothing_to_continue_is_refused_and_a_setting_that_is_wrong_too(r
         ({"sites": ["hospital_a", "hospital_a"]}, 102, ["twice"]),
         ({"aggregation": {"method": "mode"}}, 102, ["aggregation.method"]),
     ],
-    ids=["absent", "not YAML", "binary", "no keys", "fields missing"] + [None] * 8,
+    ids=["absent", "not YAML", "binary", "no keys", "no date", "a key twice", "a channel twice", "fields missing"]
+    + [None] * 8,
 )
 def test_a_study_file_that_cannot_be_used_is_named_with_each_fault(
     tmp_path: Path, content: str | dict[str, Any] | None, number: int, named: list[str]
@@ -165,12 +177,16 @@ def test_a_study_file_that_cannot_be_used_is_named_with_each_fault(
         (["hospital_a=.", "hospital_a=."], 106, ["hospital_a is given twice"]),
         (["hospital_a=.", "hospital_b"], 106, ["--site hospital_b", "NAME=PATH"]),
         (["hospital_a=.", "hospital_b=nowhere"], 201, ["hospital_b", "nowhere"]),
+        (["hospital_a=here", "hospital_b=here"], 106, ["hospital_a=here", "hospital_b=here", "the same folder"]),
+        (["hospital_a=here", "hospital_b=there"], 106, ["hospital_a=here", "hospital_b=there", "the same folder"]),
     ],
 )
 def test_sites_that_do_not_match_the_study_are_named(
     tmp_path: Path, sites: list[str], number: int, named: list[str]
 ) -> None:
     write_study(tmp_path / "study.yaml", phantom_study(["hospital_a", "hospital_b"]))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").symlink_to("here")
     options = [part for site in sites for part in ("--site", site)]
     refused(fednnunet("simulate", "run", "study.yaml", *options, cwd=tmp_path), number, *named)
     assert not (tmp_path / "fednnunet-state").exists(), "something was started"

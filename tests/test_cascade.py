@@ -325,7 +325,7 @@ def test_the_end_of_a_cascade_says_that_both_models_are_needed(
     print_end(Console(width=200), view, both.second.folder)
     out = capsys.readouterr().out
     assert f"nnUNetv2_install_pretrained_model_from_zip {both.first.zip}" in out
-    assert "-prev_stage_predictions" in out
+    assert "-prev_stage_predictions FIRST_STAGE_OUT" in out
 
 
 def test_simulate_train_of_a_cascade_says_what_to_train_first(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+import signal
 from pathlib import Path
 
 import pytest
-from commands import fednnunet, good, refused
+from commands import FEDNNUNET, begin, end, fednnunet, good, refused, wait_for, write_study
 from journals import SITES, Written
 from rich.console import Console
 
@@ -119,6 +120,29 @@ def test_plain_lines_tell_what_a_person_wants_to_know(whole: Written) -> None:
     assert "north is online" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "-c 3d_fullres -f all -p nnUNetSmallPlans"),
+        (
+            {"fold": "0-4", "configuration": "2d", "trainer": "nnUNetTrainer_250epochs", "rounds": 250},
+            "-c 2d -f 0 1 2 3 4 -tr nnUNetTrainer_250epochs -p nnUNetSmallPlans",
+        ),
+    ],
+)
+def test_a_study_ends_with_the_command_that_predicts_with_its_model(
+    tmp_path: Path, changes: dict[str, object], command: str
+) -> None:
+    written = Written(tmp_path, **changes)
+    written.to_the_end()
+    files.write_json(written.folder / "plan.json", {"plans": {"plans_name": "nnUNetSmallPlans"}})
+    lines = good(fednnunet("study", "watch", "--state", tmp_path, cwd=tmp_path)).out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("install it with: "))
+    assert lines[at + 1] == (
+        f"predict with: nnUNetv2_predict -i IMAGES -o OUT -d Dataset300_PhantomFederation {command}"
+    )
+
+
 def test_list_show_and_export_by_name_by_id_and_with_nothing_there(tmp_path: Path, whole: Written) -> None:
     other = Written(tmp_path, "other")
     other.write("opened", run=2)
@@ -146,8 +170,22 @@ def test_list_show_and_export_by_name_by_id_and_with_nothing_there(tmp_path: Pat
 
     refused(fednnunet("study", "export", "small", *state, "--output", out, cwd=tmp_path), 129, "out")
     refused(fednnunet("study", "show", "unknown", *state, cwd=tmp_path), 120, "small", "other")
+    (tmp_path / "empty" / "authority").mkdir(parents=True)  # as `federation init` makes it
     assert "no study yet" in good(fednnunet("study", "list", "--state", tmp_path / "empty", cwd=tmp_path)).out
     refused(fednnunet("study", "watch", "--state", tmp_path / "empty", cwd=tmp_path), 120)
+
+
+@pytest.mark.parametrize("command", ["list", "watch", "show small", "best small"])
+def test_a_folder_that_is_no_orchestrators_state_is_said_and_the_one_below_is_named(
+    tmp_path: Path, command: str
+) -> None:
+    words = ("study", *command.split(), "--state")
+    refused(fednnunet(*words, "nowhere", cwd=tmp_path), 113, f"{tmp_path / 'nowhere'} is not an orchestrator's state")
+    right = tmp_path / "fednnunet-state" / "small" / "orchestrator"
+    Written(right)
+    for wrong in (right.parent, right.parent.parent):
+        refused(fednnunet(*words, wrong, cwd=tmp_path), 113, f"did you mean --state {right}?")
+    assert not (right.parent / "best").exists()
 
 
 def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_path: Path) -> None:
@@ -163,3 +201,63 @@ def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_pa
     journal = Journal(written.folder, written.study)
     journal.check()  # the request is withdrawn
     journal.close()
+
+
+def test_watch_without_a_terminal_says_first_how_the_study_stands(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    written.write("opened", run=1)
+    written.write("phase", phase="training")
+    written.round(1)
+    process = begin(FEDNNUNET, "study", "watch", "--state", tmp_path, cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()  # while nothing more happens
+    finally:
+        process.send_signal(signal.SIGINT)
+    assert re.fullmatch(r"study small: training, round 1 of 3, since \d{4}-\d\d-\d\d [\d:]{8} UTC\n", first)
+    assert end(process).status == 130
+
+
+@pytest.mark.parametrize("stop_after", ["finish", "prepare"])
+def test_a_done_study_asked_for_again_says_last_that_nothing_was_run_and_where_it_ended(
+    tmp_path: Path, stop_after: str
+) -> None:
+    sites = [part for site in SITES for part in ("--site", f"{site}={site}")]
+    for site in SITES:
+        (tmp_path / site).mkdir()
+    written = Written(tmp_path / "state" / "orchestrator", stop_after=stop_after)
+    if stop_after == "finish":
+        written.to_the_end()
+    else:
+        written.write("done")
+    file = write_study(tmp_path / "study.yaml", written.study.model_dump(mode="json", exclude_defaults=True))
+    for command in (
+        ("simulate", "run", file, *sites, "--state", "state"),
+        ("study", "submit", file, "--state", "state/orchestrator"),
+        ("study", "submit", file, "--state", "state/orchestrator", "--no-wait"),
+    ):
+        lines = good(fednnunet(*command, cwd=tmp_path)).out.splitlines()
+        assert re.fullmatch(r"nothing was run: study small is done already, since [-\d]{10} [:\d]{8} UTC", lines[-1])
+        ended = f"study small ended after prepare, as its stop_after says: {written.folder}"
+        assert (ended in lines) == (stop_after == "prepare" and "--no-wait" not in command)
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_a_stopped_study_says_what_lets_it_go_on_there(tmp_path: Path, simulated: bool) -> None:
+    state = tmp_path / "my state" / "orchestrator"
+    written = Written(state)
+    written.write("opened", run=1)
+    written.round(1)
+    if simulated:
+        files.write_bytes(tmp_path / "my state" / "sites" / "north" / "config" / "site.toml", b"")
+    go_on = (
+        "the same `fednnunet simulate` command again"
+        if simulated
+        else "fednnunet study resume small --state 'my state/orchestrator'"
+    )
+    process = begin(FEDNNUNET, "study", "stop", "small", "--state", "my state/orchestrator", cwd=tmp_path)
+    wait_for((written.folder / "stop.json").exists, 30, "the request")
+    written.write("stopped", by="ada")
+    assert good(end(process)).out == f"study small is stopped after 1 of 3 rounds; to go on: {go_on}\n"
+    watched = fednnunet("study", "watch", "--state", "my state/orchestrator", cwd=tmp_path)
+    refused(watched, 509, "stopped by ada after 1 of 3 rounds", f"To go on: {go_on}")

@@ -150,6 +150,14 @@ for words in paths:
 """
 
 
+def test_fednnunet_says_its_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.admin.cli", "--version"],
+        cwd=ROOT, capture_output=True, encoding="utf-8", check=True,
+    )  # fmt: skip
+    assert done.stdout == f"fednnunet {project()['version']}\n"
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_of_every_command_answers_where_torch_flower_and_nnunet_are_not_installed(program: str) -> None:
     paths = json.dumps(list(subcommands(click_command(program))))

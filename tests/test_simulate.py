@@ -125,6 +125,7 @@ def test_the_model_is_installed_and_predicts_as_getting_started_says(desk: Desk,
     """The page's own lines, with the names that the study printed."""
     path = re.search(r"^model: (.*\.zip) \(", trained.out, re.MULTILINE)
     assert path
+    assert "-d Dataset301_Phantom -c 3d_fullres -f all -p nnUNetSmallPlans\n" in trained.out, "as the page says"
     person = Person(tmp_path, {
         "PATH_OF_THE_ZIP": path[1],
         "DATASET": "Dataset301_Phantom",

@@ -11,13 +11,13 @@ from pydantic import Field
 
 from federation.errors import Code, FednnunetError
 from federation.layers import kept_local, possible_names
-from federation.study import Study, parse
+from federation.study import PATTERNS, Study, parse
 
 FIVE = [f"site_{number}" for number in range(5)]
 CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "mu below 0": ({"proximal_mu": -0.1}, "proximal_mu: Input should be greater than or equal to 0"),
+    "mu below 0": ({"proximal_mu": -0.1}, "proximal_mu: must be at least 0, not -0.1"),
     "a trim of half": ({"aggregation": {"method": "trimmed_mean", "trim": 0.5}}, "aggregation.trim"),
     "a trim that leaves out nobody": (
         {"aggregation": {"method": "trimmed_mean", "trim": 0.1}},
@@ -39,7 +39,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"aggregation": {"method": "krum"}, "mode": "asymfedavg"},
         "krum compares whole updates: it needs layers: common",
     ),
-    "a method that does not exist": ({"aggregation": {"method": "mode"}}, "aggregation.method: Input should be"),
+    "a method that does not exist": ({"aggregation": {"method": "mode"}}, "aggregation.method: must be 'mean'"),
     "a momentum of 1": ({"aggregation": {"method": "fedavgm", "server_momentum": 1.0}}, "aggregation.server_momentum"),
     "a step of 0": ({"aggregation": {"method": "fedadam", "server_learning_rate": 0}}, "server_learning_rate"),
     "a layer that no network has": (
@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a fingerprint that never leaves": ({"mode": "asymfedavg", "stop_after": "fingerprint"}, "no fingerprint leaves"),
     "a rule of asymfedavg without it": ({"layers": "common"}, "layers has a meaning with mode: asymfedavg alone"),
-    "a mode that does not exist": ({"mode": "fedavg"}, "mode: Input should be 'ffe' or 'asymfedavg'"),
+    "a mode that does not exist": ({"mode": "fedavg"}, "mode: must be 'ffe' or 'asymfedavg', not 'fedavg'"),
     "a cascade without its first stage": ({"configuration": "3d_cascade_fullres"}, "need each other"),
     "a first stage without a cascade": ({"previous_stage": "a" * 64}, "need each other"),
     "a cascade of different networks": ({**CASCADE, "mode": "asymfedavg"}, "3d_cascade_fullres needs mode ffe"),
@@ -97,6 +97,49 @@ def test_a_wrong_setting_is_refused_with_its_reason(name: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_setting_that_can_work_passes(name: str) -> None:
     assert parse(study(**RIGHT[name])).id
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"name": "my study"}, ["name: 'my study' is not a name in letters, digits, `-` and `_`, such as liver-2026"]),
+        ({"name": 2026}, ["name: must be text (in quotes where it looks like a number), not 2026"]),
+        ({"dataset": "Liver"}, ["dataset: 'Liver' is not a `DatasetNNN_Name`, such as Dataset401_Liver"]),
+        ({"sites": "north"}, ["sites: must be a list, such as [hospital_a, hospital_b], not 'north'"]),
+        ({"sites": []}, ["sites: has too few entries, needs 1 or more, such as [hospital_a, hospital_b]"]),
+        ({"channel_names": ["CT"]}, ["channel_names: must be a mapping, such as {0: CT}, not ['CT']"]),
+        ({"aggregation": "krum"}, ["aggregation: must be a mapping, such as {method: median}, not 'krum'"]),
+        (
+            {"labels": {0: "background", "int": ["one"]}},  # the first in the manner of nnU-Net v1
+            [
+                "labels: must be a mapping, such as {background: 0, tumour: 1}",
+                "labels.0: must be a whole number, or a list of whole numbers",
+                "labels.int: must be a whole number, or a list of whole numbers",
+            ],
+        ),
+        ({"labels": {"background": 0, "organ": 2}}, ["label numbers must be consecutive from 0, found [0, 2]"]),
+        ({"round": 3, "zzz": 1}, ["round: this key is not known; did you mean rounds?", "zzz: this key is not known"]),
+        ({"aggregation": {"metod": "krum"}}, ["aggregation.metod: this key is not known; did you mean method?"]),
+        ({"aggregation": {"trim": 0.5}}, ["aggregation.trim: must be below 0.5, not 0.5"]),
+        ({"rounds": None}, ["rounds: must be a whole number, not nothing"]),
+        ({"accept_float_labels": "maybe"}, ["accept_float_labels: must be true or false, not 'maybe'"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_our_words_and_with_what_would_be_right(
+    changes: dict[str, Any], lines: list[str]
+) -> None:
+    with pytest.raises(FednnunetError) as error:
+        parse({**study(), **changes}, "study.yaml")
+    found = error.value.found.splitlines()
+    assert len(found) == 1 + len(lines)
+    for line, expected in zip(found[1:], lines, strict=True):
+        assert line.startswith(f"  {expected}")
+
+
+def test_every_pattern_of_the_study_has_words() -> None:
+    for name, schema in Study.model_json_schema()["properties"].items():
+        for kind in (schema, schema.get("items", {}), *schema.get("anyOf", [])):
+            assert kind.get("pattern") in (None, *PATTERNS), name
 
 
 def test_asymfedavg_of_one_site_is_refused() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from federation import console
 from orchestrator.admin import audit, authorities, image_commands, predictions, simulation_commands, sites, studies
 
 app = typer.Typer(
-    help="Federated nnU-Net: run a study across hospitals, or a whole federation on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -20,6 +21,23 @@ app.add_typer(sites.site, name="site")
 app.add_typer(audit.app, name="audit")
 app.add_typer(image_commands.image, name="image")
 app.add_typer(predictions.app, name="predict")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"fednnunet {version('fednnunet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fednnunet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Federated nnU-Net: run a study across hospitals, or a whole federation on this machine."""
 
 
 def main() -> None:

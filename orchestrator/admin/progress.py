@@ -20,9 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from federation import files
 from federation.audit import Tail
 from federation.errors import Code, FednnunetError
-from federation.readable import ago, clock, moment, number, size
+from federation.readable import ago, clock, moment, number, size, timestamp
 from federation.study import CASCADE, LOWRES, Study
 from federation.tasks import Validation
 from orchestrator.admin.layers import layers_table, read_layers, summary
@@ -66,8 +67,28 @@ def _round_line(history: History, line: dict[str, Any]) -> str:
     )
 
 
-def raise_failure(history: History, where: str) -> None:
-    """Raise what made the study fail, if it has failed; `where` says where to look further."""
+def standing(history: History) -> str:
+    """How a study stands, in one line: `small: training, round 3 of 8, since 2026-11-25 21:53:39 UTC`."""
+    since = timestamp(history.phases[-1][1] if history.phases else history.began)
+    return f"{history.study.name}: {history.phase}, round {history.done_rounds} of {history.all_rounds}, since {since}"
+
+
+def raise_failure(history: History, where: str, go_on: str) -> None:
+    """Raise what kept the study from its end: its failure, or FNU-509 when somebody stopped it.
+
+    Parameters
+    ----------
+    history : History
+        The study so far.
+    where : str
+        Where to look further.
+    go_on : str
+        What lets it go on after a stop, for people.
+    """
+    if history.ended == "stopped":
+        done = f"{history.done_rounds} of {history.all_rounds} rounds"
+        found = f"study {history.study.name}: stopped by {history.stopped_by} after {done}\n{where}"
+        raise FednnunetError(Code.STUDY_STOPPED, found, f"To go on: {go_on}")
     if history.ended == "failed":
         code = Code.of(history.number)
         found = history.reason.removeprefix(f"FNU-{code.number} {code.title}").removeprefix(": ")
@@ -225,6 +246,9 @@ def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> T
 
 def print_end(console: Console, history: History, folder: Path) -> None:
     """What a person wants to know when a study has ended well."""
+    if history.ended == "done" and history.study.stop_after != "finish":
+        why = f"ended after {history.study.stop_after}, as its stop_after says"
+        console.print(f"study {history.study.name} {why}: {folder}", soft_wrap=True, highlight=False)
     if history.exported is None:
         return
     for one in history.left_out:
@@ -244,7 +268,26 @@ def print_end(console: Console, history: History, folder: Path) -> None:
         return
     console.print(f"model: {archive} ({size(history.exported['nbytes'])})", soft_wrap=True)
     console.print(f"install it with: nnUNetv2_install_pretrained_model_from_zip {archive}", soft_wrap=True)
+    if (plan := folder / "plan.json").exists():
+        plans = files.read_json(plan)["plans"]["plans_name"]
+        console.print(f"predict with: {_predict(history.study, plans)}", soft_wrap=True, highlight=False)
     _print_stages(console, history.study, folder)
+
+
+def print_was_done(console: Console, history: History) -> None:
+    """The last line where a study that is done was asked for again: what stands above was made then."""
+    text = f"nothing was run: study {history.study.name} is done already, since {timestamp(history.ended_at)}"
+    console.print(text, style="yellow", soft_wrap=True, highlight=False)
+
+
+def _predict(study: Study, plans: str) -> str:
+    """nnU-Net's command that predicts with the exported model; `plans` is their name."""
+    trainer = "" if study.trainer == Study.model_fields["trainer"].default else f" -tr {study.trainer}"
+    previous = " -prev_stage_predictions FIRST_STAGE_OUT" if study.previous_stage is not None else ""
+    return (
+        f"nnUNetv2_predict -i IMAGES -o OUT -d {study.dataset} -c {study.configuration} -f {' '.join(study.folds)}"
+        f"{trainer} -p {plans}{previous}"
+    )
 
 
 def _print_stages(console: Console, study: Study, folder: Path) -> None:
@@ -253,7 +296,7 @@ def _print_stages(console: Console, study: Study, folder: Path) -> None:
         archive = folder.parent / study.previous_stage / f"{study.dataset}.zip"
         console.print(
             f"its first stage too: nnUNetv2_install_pretrained_model_from_zip {archive}; the output folder of its "
-            "nnUNetv2_predict is this model's -prev_stage_predictions",
+            "nnUNetv2_predict is FIRST_STAGE_OUT",
             soft_wrap=True,
         )
     elif study.configuration == LOWRES and study.fold in ("0-4", "all"):

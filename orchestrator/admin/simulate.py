@@ -38,13 +38,15 @@ from federation.console import shown
 from federation.errors import Code, FednnunetError
 from federation.processes import Child, Lock, Supervisor, check_room, free_port
 from federation.study import SITE_NAME, Study
-from orchestrator.admin.progress import print_end, raise_failure, report_at_site, watch
+from orchestrator.admin.progress import print_end, print_was_done, raise_failure, report_at_site, watch
 from orchestrator.admin.reach import control, reaching
 from orchestrator.enrollment.authority import Authority, create
 from orchestrator.enrollment.ceremony import let_in
 from orchestrator.history import REPORT, History, so_far
 
 LOOPBACK = "127.0.0.1"
+AGAIN = "the same `fednnunet simulate` command again"
+"""How a simulated study goes on: nothing runs that `study resume` could ask."""
 START_TIMEOUT = 120.0
 REPORT_TIMEOUT = 60.0
 POLICY = b'# Simulated: whoever starts the study owns the data.\nstudies = "any"\n'
@@ -222,6 +224,8 @@ class Simulation:
     def run(self, study: Study, console: Console) -> History:
         """Start everything, run a study to its end, end everything; raises what made the study fail.
 
+        A study that is done already starts nothing.
+
         Parameters
         ----------
         study : Study
@@ -231,7 +235,6 @@ class Simulation:
         """
         history, _ = self._so_far(study)
         if history.ended == "done":
-            console.print(f"study {study.name} is done already: {self.study_folder(study)}", soft_wrap=True)
             return history
         with self.running():
             return self.conduct(study, console)
@@ -248,7 +251,7 @@ class Simulation:
         history.ended = None
         self._watch(history, tail, console)
         self._await_report(study)
-        raise_failure(history, self._where(history))
+        raise_failure(history, self._where(history), AGAIN)
         return history
 
     def _await_report(self, study: Study) -> None:
@@ -297,6 +300,12 @@ class Simulation:
         return "\n".join([*places, f"logs: {self.state}/sites/*/state/logs, {self.orchestrator / 'logs'}"])
 
 
+def is_simulated(orchestrator: Path) -> bool:
+    """Whether this state folder of an orchestrator is that of a simulation."""
+    folder = orchestrator.resolve()
+    return folder.name == "orchestrator" and any(folder.parent.glob("sites/*/config/site.toml"))
+
+
 def _command(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
@@ -334,4 +343,6 @@ def simulate(study: Study, state: Path, sites: Mapping[str, Path], options: Site
     finally:
         signal.signal(signal.SIGTERM, before)
     print_end(console, history, simulation.study_folder(study))
+    if simulation.supervisor is None:
+        print_was_done(console, history)
     return simulation.study_folder(study)

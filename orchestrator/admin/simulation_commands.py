@@ -7,6 +7,7 @@ reason (FNU-105), never ignored.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -480,6 +481,13 @@ def run(
     for name, path in sites.items():
         if not path.is_dir():
             raise FednnunetError(Code.DATASET_JSON_MISSING, f"{name}: {path} is not a folder", "Correct --site.")
+    for (one, path), (other, same) in itertools.combinations(sites.items(), 2):
+        if path.samefile(same):
+            raise FednnunetError(
+                Code.SITES_MISMATCH,
+                f"--site {one}={path} and --site {other}={same} are the same folder",
+                "Give each site the folder with its own dataset.",
+            )
     options = SiteOptions.for_device(device, len(sites), np, npfp)
     simulate(study, state or Path("fednnunet-state") / study.name, sites, options, _console())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,6 +92,7 @@ def resume(which: Which, state: State, control_address: ControlAddress = _CONTRO
 
 def _begin(state: Path, address: str, found: Found, event: str, wait: bool, console: Console) -> None:
     """Start a study, unless it is under way or done, and show it until it ends where `wait` says so."""
+    from orchestrator.admin.progress import print_was_done
     from orchestrator.admin.reach import control, reaching
     from orchestrator.enrollment.record import recorded
     from orchestrator.history import so_far
@@ -98,9 +100,10 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
 
     study = found.study
     history, tail = so_far(found.study, found.folder)
+    was_done = history.ended == "done"
     if tail.path.exists() and history.ended is None:
         console.print(f"study {study.name} is under way: {history.phase}, round {history.done_rounds}")
-    elif history.ended != "done":
+    elif not was_done:
         with recorded(state, event, study=study.id, name=study.name), reaching(address):
             withdraw_stop(found.folder)
             control(state, address).start(study.model_dump_json())
@@ -108,14 +111,35 @@ def _begin(state: Path, address: str, found: Found, event: str, wait: bool, cons
         console.print(f"study {study.name} is submitted, id {study.id[:16]}")
     if wait:
         _see_through(state, found, history, tail, console)
+    if was_done:
+        print_was_done(console, history)
 
 
 def _find(state: Path, which: str) -> Found:
-    """One study of a state folder; raises FNU-120."""
+    """One study of a state folder; raises FNU-113 or FNU-120."""
     from orchestrator.history import choose, studies
 
-    folder = state.resolve() / "studies"
+    folder = _studies_folder(state)
     return choose(which, studies(folder), f"studies in {folder}")
+
+
+def _studies_folder(state: Path) -> Path:
+    """Folder of the studies of an orchestrator; raises FNU-113, naming one below, where `state` is none's."""
+    from federation.errors import Code, FednnunetError
+
+    def is_one(folder: Path) -> bool:
+        return any((folder / name).is_dir() for name in ("authority", "studies"))
+
+    folder = state.resolve()
+    if not is_one(folder):
+        below = [*folder.glob("orchestrator"), *sorted(folder.glob("*/orchestrator"))]
+        meant = " or ".join(f"--state {one}" for one in below if is_one(one))
+        raise FednnunetError(
+            Code.STATE_NOT_READY,
+            f"{folder} is not an orchestrator's state folder" + (f"; did you mean {meant}?" if meant else ""),
+            "Give the folder of `fednnunet federation init`; of a simulation, the folder `orchestrator` in its own.",
+        )
+    return folder / "studies"
 
 
 def _see_through(state: Path, found: Found, history: History, tail: Tail, console: Console) -> None:
@@ -126,7 +150,7 @@ def _see_through(state: Path, found: Found, history: History, tail: Tail, consol
     watch(history, tail, console, lambda: check_room(state))
     faulty = re.search(r"FNU-(109|2\d\d)", history.reason)
     report = f"site report, in the site's own state folder: {report_at_site(found.study)}\n" if faulty else ""
-    raise_failure(history, f"{report}journal: {found.folder}")
+    raise_failure(history, f"{report}journal: {found.folder}", _go_on(state, found.study.name))
     print_end(console, history, found.folder)
 
 
@@ -141,17 +165,22 @@ def watch(
     from rich.console import Console
 
     from federation.errors import Code, FednnunetError
+    from orchestrator.admin.progress import standing
     from orchestrator.history import so_far, studies
 
     if which:
         found = _find(state, which)
     else:
-        known = studies(state.resolve() / "studies")
+        folder = _studies_folder(state)
+        known = studies(folder)
         if not known:
-            raise FednnunetError(Code.STUDY_NOT_FOUND, f"{state.resolve() / 'studies'} has none")
+            raise FednnunetError(Code.STUDY_NOT_FOUND, f"{folder} has none")
         found = known[-1]
+    console = Console()
     history, tail = so_far(found.study, found.folder)
-    _see_through(state, found, history, tail, Console())
+    if history.ended is None and not console.is_terminal:  # there the live screen says it
+        console.print(f"study {standing(history)}", soft_wrap=True, highlight=False)
+    _see_through(state, found, history, tail, console)
 
 
 @app.command(name="list")
@@ -163,7 +192,7 @@ def list_(state: State) -> None:
     from orchestrator.history import load, studies
 
     console = Console()
-    known = studies(state.resolve() / "studies")
+    known = studies(_studies_folder(state))
     if known:
         console.print(studies_table([(found, load(found.folder)) for found in known]))
     else:
@@ -199,11 +228,18 @@ def stop(which: Which, state: State) -> None:
         return
     with recorded(state, "study stop", study=found.study.id, name=found.study.name):
         request_stop(found.folder, user())
-    console.print(_stopped(history, tail), soft_wrap=True)
+    console.print(_stopped(history, tail, _go_on(state, found.study.name)), soft_wrap=True, highlight=False)
 
 
-def _stopped(history: History, tail: Tail) -> str:
-    """Wait until a study has ended, or `STOP_TIMEOUT`; what to tell a person."""
+def _go_on(state: Path, name: str) -> str:
+    """What lets a stopped study go on, for people."""
+    from orchestrator.admin.simulate import AGAIN, is_simulated
+
+    return AGAIN if is_simulated(state) else f"fednnunet study resume {name} --state {shlex.quote(str(state))}"
+
+
+def _stopped(history: History, tail: Tail, go_on: str) -> str:
+    """Wait until a study has ended, or `STOP_TIMEOUT`; what to tell a person, with what lets it `go_on`."""
     end = time.monotonic() + STOP_TIMEOUT
     while history.ended is None and time.monotonic() < end:
         time.sleep(0.2)
@@ -213,7 +249,7 @@ def _stopped(history: History, tail: Tail) -> str:
     match history.ended:
         case "stopped":
             done = f"{history.done_rounds} of {history.all_rounds} rounds"
-            return f"study {name} is stopped after {done}; to go on: fednnunet study resume {name}"
+            return f"study {name} is stopped after {done}; to go on: {go_on}"
         case None:
             return "asked for; the coordinator stops it as soon as it looks (is `orchestrator health` well?)"
         case ended:
@@ -316,6 +352,6 @@ def best(
     from orchestrator.admin.best import show
     from orchestrator.finished import find
 
-    folder = state.resolve()
-    found = [find(folder / "studies", given) for given in studies]
-    show(found, folder / "best" / found[0].study.dataset, Console())
+    folder = _studies_folder(state)
+    found = [find(folder, given) for given in studies]
+    show(found, folder.parent / "best" / found[0].study.dataset, Console())

@@ -130,8 +130,10 @@ class Federation:
 
         thread = threading.Thread(target=wait_and_disturb)
         thread.start()
-        self.run(study)
-        thread.join()
+        try:
+            self.run(study)
+        finally:
+            thread.join()
         if failure:
             raise failure[0]
 

@@ -17,7 +17,8 @@ from commands import Done, fednnunet, good, wait_for, write_study
 from running import SITES, Federation, study
 
 from federation.audit import read
-from orchestrator.admin.simulate import Simulation, SiteOptions
+from federation.errors import Code, FednnunetError
+from orchestrator.admin.simulate import AGAIN, Simulation, SiteOptions
 from orchestrator.enrollment.record import user
 
 
@@ -108,11 +109,13 @@ def test_a_study_is_stopped_in_the_middle_of_a_round_and_resumed_to_the_same_byt
     simulation = federation.simulation
     state, control = simulation.orchestrator, simulation.control_address
     said: list[Done] = []
-    federation.run_and_disturb(
-        stopped, lambda: said.append(fednnunet("study", "stop", "stopped", "--state", state, cwd=tmp_path))
-    )
+    with pytest.raises(FednnunetError, match=r"stopped by .* after 1 of 3 rounds") as caught:
+        federation.run_and_disturb(
+            stopped, lambda: said.append(fednnunet("study", "stop", "stopped", "--state", state, cwd=tmp_path))
+        )
+    assert (caught.value.code, caught.value.advice) == (Code.STUDY_STOPPED, f"To go on: {AGAIN}")
     assert said[0].status == 0, said[0]
-    assert "stopped after 1 of 3 rounds" in said[0].out
+    assert said[0].out == f"study stopped is stopped after 1 of 3 rounds; to go on: {AGAIN}\n"
     lines = federation.journal(stopped)
     assert lines[-1]["event"] == "stopped"
     assert lines[-1]["by"] == user()
