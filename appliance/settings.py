@@ -22,29 +22,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance import devices
 from federation import logs
+from federation import study as studies
 from federation.errors import Code, FednnunetError
+from federation.faults import faults
 from federation.study import SITE_NAME
 
 PREFIX = "FEDNNUNET_"
 ADDRESS = r"^[^/\s]+:[0-9]{1,5}$"
 PATHS = ("data", "state", "ca_certificate", "site_key", "coordinator_key", "policy")
 
-_LOOKS = {
-    SITE_NAME: "a name in small letters, digits, - and _, of 63 characters at most",
-    ADDRESS: "HOST:PORT",
-    devices.PATTERN: "cuda, cuda:N, mps or cpu",
-    r"^[0-9a-f]{64}$": "the whole id of a study (64 letters)",
+PATTERNS = {
+    SITE_NAME: studies.PATTERNS[SITE_NAME],
+    ADDRESS: "`HOST:PORT`",
+    devices.PATTERN: "device: cuda, cuda:N, mps or cpu",
 }
-_WORDS = {
-    "extra_forbidden": "this key is not known",
-    "missing": "is missing",
-    "path_type": "must be a path",
-    "string_type": "must be text, in quotes",
-    "list_type": "must be a list",
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
-    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
-    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
-}
+"""Patterns of text in words."""
 
 
 class Settings(BaseModel):
@@ -181,21 +173,5 @@ def resolve(file: Path | None, environment: Mapping[str, str] = os.environ, **ov
     try:
         return Resolved(Settings.model_validate(values), sources)
     except ValidationError as error:
-        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {in_words(error)}") from error
-
-
-def in_words(error: ValidationError) -> str:
-    """Every fault of settings with its key, as a person would say it: `threads: must be a whole number`."""
-    said = []
-    for fault in error.errors():
-        kind = fault["type"]
-        if kind == "string_pattern_mismatch":
-            pattern = fault["ctx"]["pattern"]
-            words = f"must be {_LOOKS.get(pattern, f'text that matches {pattern}')}"
-        elif kind == "value_error":
-            words = f"must be {fault['ctx']['error']}"
-        else:
-            words = _WORDS.get(kind) or fault["msg"].replace("Input should be", "must be")
-        place = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))  # a "[": which type was tried
-        said.append(f"{place}: {words}")
-    return "; ".join(said)
+        said = "; ".join(faults(error, Settings, PATTERNS))
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{file or 'environment'}: {said}") from error

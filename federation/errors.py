@@ -3,9 +3,10 @@
 Rules:
 
 - The number is for ever: a code that is no longer raised is not given to something else.
-- The hundreds say whose fact it is: 1xx the study and the command line, 2xx a site's dataset,
-  3xx planning and preparation, 4xx training and validation, 5xx rounds and the journal,
-  6xx the link and the network, 7xx the machine (ports, disk, processes).
+- The hundreds say whose fact it is: 1xx the study and the command line (from 140 on the bundles, engines, clusters and
+  models that it works on), 2xx a site's dataset, 3xx planning and preparation, 4xx training and validation, 5xx rounds
+  and the journal, 6xx the link and the network, 7xx the machine (ports, disk, processes).
+- They stand in the order of their numbers.
 - `found` says what was found and where, with file names and paths: it stays in the house that raised it.
 - `scrubbed()` is what may leave a hospital: the number and the title, never `found`.
 """
@@ -18,7 +19,7 @@ from enum import Enum
 class Code(Enum):
     """The catalogue: ``NAME = (number, title, what to do)``."""
 
-    # 1xx: the study and the command line
+    # 1xx: the study and the command line; from 140 on the bundles, engines, clusters and models that it works on
     STUDY_UNREADABLE = (101, "The study file cannot be read", "Check that the path exists and holds YAML text.")
     STUDY_INVALID = (
         102,
@@ -101,17 +102,6 @@ class Code(Enum):
         "There is no finished 3d_lowres study to start the cascade from",
         "Train 3d_lowres with fold 0-4 or all first, with the same ids, plans and trainer.",
     )
-    STUDY_UNKNOWN_HERE = (
-        130,
-        "No study, or several, with this name or id",
-        "`appliance studies` lists those asked for here.",
-    )
-    CONFIG_MISSING = (
-        131,
-        "There is no site.toml",
-        "Mount the folder that `appliance enroll` wrote (-v CONFIG:/config:ro), or name the file with --config.",
-    )
-
     SITE_UNKNOWN = (123, "No such site takes part", "`fednnunet site list` names those that do.")
     SITE_TAKEN = (
         124,
@@ -135,13 +125,21 @@ class Code(Enum):
     )
     SITE_BUSY = (128, "The site takes part in a study that is under way", "Wait until the study has ended.")
     OUTPUT_EXISTS = (129, "The output is there already", "Name a file or folder that does not exist yet.")
+    STUDY_UNKNOWN_HERE = (
+        130,
+        "No study, or several, with this name or id",
+        "`appliance studies` lists those asked for here.",
+    )
+    CONFIG_MISSING = (
+        131,
+        "There is no site.toml",
+        "Mount the folder that `appliance enroll` wrote (-v CONFIG:/config:ro), or name the file with --config.",
+    )
     BACKUP_RESTLESS = (
         132,
         "A study wrote without a pause and could not be copied",
         "Try the backup again in a minute.",
     )
-
-    # 140-159: images and the bundles that carry them
     BUNDLE_UNREADABLE = (140, "The file is not an image bundle", "Give a file that `fednnunet image save` wrote.")
     BUNDLE_CHANGED = (
         141,
@@ -198,8 +196,6 @@ class Code(Enum):
         "Make a pair with `fednnunet image keygen`; sign with the .key, verify with the .pub.",
     )
     BUNDLE_UNSIGNED = (155, "The bundle is not signed", "Sign it with `fednnunet image sign`, where the key is kept.")
-
-    # 2xx: a site's dataset
     MODEL_UNUSABLE = (
         156,
         "The model cannot be used",
@@ -228,6 +224,8 @@ class Code(Enum):
         "The tracking server does not take the curves",
         "Check --mlflow and that the server runs; the same command goes on where it stopped.",
     )
+
+    # 2xx: a site's dataset
     DATASET_JSON_MISSING = (201, "dataset.json is missing", "Mount the folder that holds dataset.json and imagesTr.")
     DATASET_JSON_INVALID = (202, "dataset.json cannot be used", "Write it as nnU-Net's dataset format document says.")
     CHANNELS_DIFFER = (203, "The channels differ from the study's", "Agree on channel_names with the coordinator.")
@@ -304,6 +302,7 @@ class Code(Enum):
     )
     PREPROCESSING_FAILED = (304, "Preprocessing failed", "See the log at the site for the case and the reason.")
     PLANS_REFUSED = (305, "The plans name something that is not nnU-Net's own", "Plan again with nnU-Net's planners.")
+    MODEL_NOT_BUILT = (306, "The network or the model could not be made from the plans", "See the reason above.")
     NETWORKS_DIFFER = (
         308,
         "The sites' networks cannot be averaged",
@@ -329,7 +328,6 @@ class Code(Enum):
         "The training cases are not those of the first stage",
         "Give the site the cases it had, or train 3d_lowres again with those it has now.",
     )
-    MODEL_NOT_BUILT = (306, "The network or the model could not be made from the plans", "See the reason above.")
 
     # 4xx: training and validation
     TRAINING_FAILED = (401, "Training failed at a site", "The traceback is in the site's log.")
@@ -381,7 +379,6 @@ class Code(Enum):
     UPDATE_REFUSED = (505, "A site's update was refused", "See the reason above; the update is kept in quarantine.")
     STUDY_FAILED = (506, "The study has failed", "See the reason above; the same command starts it again.")
     RESULT_REFUSED = (507, "A site's answer was refused", "See the reason above; check the site's version.")
-
     SITE_NOT_REGISTERED = (
         508,
         "An answer of a site that is not registered, or was revoked",
@@ -411,7 +408,6 @@ class Code(Enum):
         "Check its address, its certificate and the firewall.",
     )
     ENVELOPE_INVALID = (605, "A message cannot be understood", "Install the same version everywhere.")
-
     CERTIFICATE_UNTRUSTED = (
         606,
         "The certificate is not signed by this federation",
@@ -432,7 +428,6 @@ class Code(Enum):
         "The orchestrator did not take the request",
         "Wait a minute and try again; or send the request as a file.",
     )
-
     NAME_NOT_RESOLVED = (610, "A name has no address", "Compare the name; ask IT which DNS server to use.")
     PORT_NOT_REACHED = (611, "The orchestrator cannot be dialled", "Ask IT to let this machine dial it.")
     PROXY_REFUSED = (612, "The proxy does not open the way", "Compare HTTPS_PROXY with what IT gave.")
@@ -443,14 +438,12 @@ class Code(Enum):
     )
     TLS_FAILED = (615, "No TLS comes about", "Check the port; ask IT whether a firewall cuts TLS.")
     LINE_TOO_SLOW = (616, "The line is too slow for a study", "Ask IT for more bandwidth.")
-
     NOT_LET_IN = (
         617,
         "The orchestrator does not let this site in",
         "Nothing here, if the request is on its way: this appliance asks again until the coordinator has approved it. "
         "Else ask the coordinator whether the site was revoked, and whether its key is in use on another machine.",
     )
-
     SIGNATURE_REFUSED = (
         620,
         "A message without a signature that holds",

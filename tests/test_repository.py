@@ -196,7 +196,7 @@ def test_the_reference_is_in_step_with_the_code(name: str) -> None:
 def test_every_error_has_its_own_number_and_is_documented() -> None:
     page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
     numbers = [code.number for code in Code]
-    assert len(set(numbers)) == len(numbers)
+    assert numbers == sorted(set(numbers)), "each number once, in order"
     for code in Code:
         assert f'<a id="fnu-{code.number}">' in page
         assert code.title

@@ -46,16 +46,16 @@ def test_a_folder_given_as_config_is_its_site_toml(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("foo = 1", "foo: this key is not known"),
-        ('orchestrator = "host"', "orchestrator: must be HOST:PORT"),
-        ('name = "St. Elsewhere"', "name: must be a name in small letters"),
-        ('device = "tpu"', "device: must be cuda, cuda:N, mps or cpu"),
+        ('orchestrator = "host"', "orchestrator: 'host' is not a `HOST:PORT`"),
+        ('name = "St. Elsewhere"', "name: 'St. Elsewhere' is not a name in small letters"),
+        ('device = "tpu"', "device: 'tpu' is not a device: cuda, cuda:N, mps or cpu"),
         ("threads = 1.5", "threads: must be a whole number"),
         ('threads = "two"', "threads: must be a whole number"),
         ("compile = 3", "compile: must be true or false"),
         ("data = 3", "data: must be a path"),
-        ("poll = 99", "poll: must be less than or equal to 10"),
+        ("poll = 99", "poll: must be at most 10, not 99"),
         ('log_format = "xml"', "log_format: must be 'rich' or 'json'"),
-        ("preprocessing_processes = 0", "preprocessing_processes: must be greater than or equal to 1"),
+        ("preprocessing_processes = 0", "preprocessing_processes: must be at least 1, not 0"),
     ],
 )
 def test_a_fault_in_site_toml_is_said_in_plain_words(tmp_path: Path, line: str, said: str) -> None:
@@ -71,7 +71,7 @@ def test_a_fault_in_site_toml_is_said_in_plain_words(tmp_path: Path, line: str, 
 
 
 def test_what_site_toml_lacks_is_named() -> None:
-    with pytest.raises(FednnunetError, match="name: is missing; orchestrator: is missing"):
+    with pytest.raises(FednnunetError, match="name: this key is needed; orchestrator: this key is needed"):
         settings.load(None, {})
 
 

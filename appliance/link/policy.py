@@ -21,15 +21,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from appliance.settings import in_words
 from federation import files
 from federation.errors import Code, FednnunetError
-from federation.study import Study
+from federation.faults import faults
+from federation.study import PATTERNS, SHA256, Study
 from federation.tasks import Kind, Result, Task
 
 log = logging.getLogger("fednnunet.policy")
 
-StudyId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+StudyId = Annotated[str, Field(pattern=SHA256)]
 _HOURS = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")
 
 DEFAULT = """\
@@ -82,7 +82,7 @@ class Policy(BaseModel):
     @classmethod
     def _hours_are_times(cls, value: str) -> str:
         if value != "any" and not _HOURS.match(value):
-            raise ValueError('"any", or two times such as "19:00-06:30"')
+            raise ValueError('must be "any", or two times such as "19:00-06:30"')
         return value
 
     def is_open(self, now: dt.time) -> bool:
@@ -145,7 +145,8 @@ def load(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FednnunetError(Code.SETTINGS_INVALID, f"{path}: {error}") from error
     except ValidationError as error:
-        raise FednnunetError(Code.SETTINGS_INVALID, f"{path}: {in_words(error)}") from error
+        found = "; ".join(faults(error, Policy, {SHA256: PATTERNS[SHA256]}))
+        raise FednnunetError(Code.SETTINGS_INVALID, f"{path}: {found}") from error
 
 
 def write_default(path: Path) -> None:
