@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import select
 import signal
 from pathlib import Path
 
@@ -211,7 +212,8 @@ def test_watch_without_a_terminal_says_first_how_the_study_stands(tmp_path: Path
     process = begin(FEDNNUNET, "study", "watch", "--state", tmp_path, cwd=tmp_path)
     try:
         assert process.stdout is not None
-        first = process.stdout.readline()  # while nothing more happens
+        assert select.select([process.stdout], [], [], 30)[0], "silent while nothing more happens"
+        first = process.stdout.readline()
     finally:
         process.send_signal(signal.SIGINT)
     assert re.fullmatch(r"study small: training, round 1 of 3, since \d{4}-\d\d-\d\d [\d:]{8} UTC\n", first)
