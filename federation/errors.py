@@ -91,7 +91,7 @@ class Code(Enum):
         "Another request with another key waits already",
         "Call each other: one of the two is not the hospital's. `fednnunet site refuse` takes the waiting one away.",
     )
-    STUDY_NOT_FOUND = (120, "No such study", "Give the name or the first letters of the id of one study.")
+    STUDY_NOT_FOUND = (120, "No such study, or several", "Give the name or the first letters of the id of one study.")
     STUDIES_NOT_COMPARABLE = (
         121,
         "These studies cannot be compared",
@@ -372,8 +372,8 @@ class Code(Enum):
     SITE_FAILED = (502, "A site could not do its part", "Mend what its code names, then run the same command again.")
     QUORUM_NOT_MET = (
         503,
-        "Too few sites answered before the deadline",
-        "Bring the missing sites back and run the same command again, or lower `quorum`.",
+        "Too few sites gave an answer that counts",
+        "Mend what is said of each site, or bring it back; then run the same command again. Or lower `quorum`.",
     )
     JOURNAL_DAMAGED = (504, "The journal has been changed or is damaged", "Restore the state folder from a backup.")
     UPDATE_REFUSED = (505, "A site's update was refused", "See the reason above; the update is kept in quarantine.")

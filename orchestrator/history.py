@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -361,13 +362,21 @@ class Found:
 
 
 def studies(folder: Path) -> list[Found]:
-    """Every study below the folder of studies, the newest last (by the beginning of its journal)."""
+    """Every study below the folder of studies, the newest last (by the first line of its journal)."""
     found = []
     for path in folder.glob("*/study.json"):
         with contextlib.suppress(OSError, ValueError):  # half written, or of another version
-            study = Study.model_validate_json(path.read_bytes())
-            found.append((path.stat().st_mtime_ns, Found(path.parent, study)))
-    return [one for _, one in sorted(found, key=lambda pair: (pair[0], pair[1].study.id))]
+            found.append(Found(path.parent, Study.model_validate_json(path.read_bytes())))
+    return sorted(found, key=lambda one: (_began(one.folder), one.study.id))
+
+
+def _began(folder: Path) -> str:
+    """When a study began, in UTC; one that is about to begin is later than all others."""
+    try:
+        with open(folder / "journal.jsonl", "rb") as stream:
+            return str(json.loads(stream.readline())["at"])
+    except (OSError, ValueError, KeyError):
+        return "later"
 
 
 def choose(given: str, known: Sequence[Found], what: str) -> Found:

@@ -11,11 +11,13 @@ Layout of a study's folder::
     rounds/fold_K/NNNN/updates/SITE.{json,safetensors}
     rounds/fold_K/NNNN/global.safetensors        the weights after round NNNN
     rounds/fold_K/NNNN/difference.safetensors    the same as a difference (wire: half, int8)
+    rounds/fold_K/NNNN/carry.safetensors         what rounding took away from it, for the next difference
     rounds/fold_K/NNNN/optimizer.safetensors     the state of the orchestrator's optimizer
     rounds/fold_K/NNNN/*-VIEW.safetensors        what a site gets that shares a part (orchestrator.views)
     quarantine/KEY-SITE-ATTEMPT.{json,safetensors}
     stop.json                                    somebody wants the study to stop (`fednnunet study stop`)
-    plan.json, fingerprint.json, model/, DATASET.zip
+    incoming/                                    answers that are being fetched
+    plan.json, fingerprint.json, planning/, model/, DATASET.zip or DATASET-shared.zip, report.html
 
 Rules:
 

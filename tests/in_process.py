@@ -37,7 +37,7 @@ from federation.flower.runner import Node
 from federation.flower.transfer import Received
 from federation.study import Study
 from federation.tasks import Task, parse_task
-from orchestrator.coordinator import Conductor
+from orchestrator.conductor import Conductor
 from orchestrator.journal import Journal
 from orchestrator.workshop import Workshop
 

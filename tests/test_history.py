@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import select
 import signal
@@ -18,7 +19,7 @@ from federation import files
 from federation.audit import Tail
 from orchestrator.admin.overview import ABSENT, PRESENT
 from orchestrator.admin.progress import plain, screen, sparkline
-from orchestrator.history import History, load
+from orchestrator.history import History, load, studies
 
 
 @pytest.fixture
@@ -202,6 +203,15 @@ def test_a_stop_that_no_coordinator_hears_is_said_and_done_when_one_looks(tmp_pa
     journal = Journal(written.folder, written.study)
     journal.check()  # the request is withdrawn
     journal.close()
+
+
+def test_the_newest_study_is_the_one_that_began_last_also_in_a_copied_state(tmp_path: Path) -> None:
+    names = ["b", "a", "c"]
+    written = [Written(tmp_path, name) for name in names]
+    for number, one in enumerate(written[:2]):
+        one.write("opened", run=1)
+        os.utime(one.folder / "study.json", (9 - number, 9 - number))  # a copy's times say nothing
+    assert [one.study.name for one in studies(tmp_path / "studies")] == names, "the last one has no line yet"
 
 
 def test_watch_without_a_terminal_says_first_how_the_study_stands(tmp_path: Path) -> None:

@@ -34,5 +34,7 @@ def reaching(address: str) -> Iterator[None]:
         yield
     except HTTPError as error:
         raise FednnunetError(
-            Code.ORCHESTRATOR_UNREACHABLE, f"control listener {address}: {str(error).splitlines()[0]}"
+            Code.ORCHESTRATOR_UNREACHABLE,
+            f"control listener {address}: {str(error).splitlines()[0]}",
+            "Start it (`orchestrator start`), or give the address of its control listener: --control HOST:PORT.",
         ) from error
