@@ -116,7 +116,7 @@ def screen(history: History, doing: Callable[[str], str] = lambda site: "") -> R
         style = "bold cyan" if index == reached else "green" if index < reached else "dim"
         steps.append(phase + ("  " if index < len(PHASES) - 1 else ""), style)
     left = history.remaining()
-    eta = f", about {clock(left)} to go" if left and history.phase == "training" else ""
+    eta = f", about {clock(left)} of training to go" if left and history.phase == "training" else ""
     head = Text(f"{history.study.name}  ", "bold")
     since = time.time() - moment(history.began) if history.began else 0.0
     head.append(f"round {history.done_rounds} of {history.all_rounds}, {clock(since)}{eta}")
