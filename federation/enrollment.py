@@ -60,7 +60,6 @@ Signature = Annotated[str, Field(max_length=256)]
 InvitationId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _PUBLIC_LINE = r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{100,300}$"
 PublicLine = Annotated[str, Field(pattern=_PUBLIC_LINE)]
-"""What `cryptography` raises for bytes that are no key (a compressed point: NotImplementedError)."""
 _Document = TypeVar("_Document", bound="_Signed")
 
 

@@ -14,7 +14,7 @@ from federation.errors import Code, FednnunetError
 PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 UNREADABLE = (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)
-"""What `cryptography` raises for bytes that are no key."""
+"""What `cryptography` raises for bytes that are no key (a compressed point: NotImplementedError)."""
 _END = "-----END PUBLIC KEY-----"
 
 

@@ -146,7 +146,7 @@ class Study(BaseModel):
     regions_class_order: list[int] | None = Field(
         None,
         examples=["[1, 2]"],
-        description="nnU-Net's regions_class_order; needed when a label is a list of numbers.",
+        description="nnU-Net's regions_class_order; needed when a label is a list of several numbers.",
     )
     file_ending: str = Field(
         ".nii.gz", pattern=FILE_ENDING, examples=[".nii.gz"], description="The contract: the images' ending."

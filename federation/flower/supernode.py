@@ -219,6 +219,10 @@ def _telling(refused: Callable[[], object]) -> type[clients.FleetClient]:
     looking, told = threading.Lock(), threading.Event()
 
     class Telling(clients.FleetClient):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._client.event_hooks = {**self._client.event_hooks, "response": [self._heard]}
+
         def ActivateNode(self, request: Any) -> Any:  # noqa: N802 - Flower's name
             """Ask to be let in, until we are."""
             said = 0.0
@@ -236,10 +240,6 @@ def _telling(refused: Callable[[], object]) -> type[clients.FleetClient]:
                 if said:
                     log.info("the orchestrator has let this site in")
                 return answer
-
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            self._client.event_hooks = {**self._client.event_hooks, "response": [self._heard]}
 
         @staticmethod
         def _heard(response: httpx.Response) -> None:
