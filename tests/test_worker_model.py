@@ -311,6 +311,16 @@ def test_appliance_report_writes_it_again_and_says_which_studies_there_are(
     refused(appliance("report", "other", "--config", settings, cwd=tmp_path), 120, "blobs")
 
 
+def test_an_interval_of_few_cases_holds_the_mean_as_often_as_it_says() -> None:
+    """A bootstrap's percentiles hold it in about four of five draws of four values."""
+    from appliance.worker.site_report import interval
+
+    random, draws = np.random.default_rng(0), 1000
+    for cases in (4, 10):
+        found = [interval(list(random.normal(0.01, 0.02, cases))) for _ in range(draws)]
+        assert 0.93 < sum(low <= 0.01 <= high for low, high in found) / draws < 0.97
+
+
 def test_an_interval_is_the_same_each_time_and_wide_where_cases_are_few() -> None:
     from appliance.worker.site_report import interval
 
