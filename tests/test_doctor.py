@@ -41,6 +41,7 @@ from appliance.doctor import (
     device,
     disk,
     dns,
+    enrollment,
     memory,
     mounts,
     network,
@@ -452,6 +453,19 @@ def test_something_else_that_answers_there(house: House) -> None:
 # ---- proxies: the doctor takes the way that Flower's own client takes ------------------------------------------------
 
 
+def test_what_does_not_answer_as_flower_does_cannot_say_whether_the_site_is_let_in(house: House) -> None:
+    with https(house.ca.server()) as port:
+        assert "404" in failed(enrollment.check(house.context(port)), 604)
+    with listener(house.ca.server(), guarded=False) as port:
+        assert "not Flower's" in failed(enrollment.check(house.context(port)), 604)
+    failed(enrollment.check(house.context(free_port())), 604)
+    for kept in (house.root / "site.key", house.ca.file):
+        content = kept.read_bytes()
+        kept.write_bytes(b"x")
+        assert [finding.status for finding in enrollment.check(house.context())] == [Status.SKIPPED], kept
+        kept.write_bytes(content)
+
+
 def flower_dials(context: Context, key: Path) -> None:
     """Flower's own client asks the orchestrator something; whatever it answers."""
     ca = context.settings.ca_certificate.read_bytes()
@@ -762,7 +776,9 @@ def test_a_check_that_waits_for_a_failed_one_is_skipped(house: House) -> None:
 
 
 def test_checks_are_chosen_by_name_and_by_group() -> None:
-    assert [check.name for check in choose(["network"], ["throughput", "clock"])] == ["dns", "tcp", "proxy", "tls"]
+    assert [check.name for check in choose(["network"], ["throughput", "clock"])] == [
+        *("dns", "tcp", "proxy", "tls", "enrollment")
+    ]
     assert [check.name for check in choose(["shared-memory,dns"], [])] == ["dns", "shared_memory"]
     with pytest.raises(FednnunetError, match="FNU-112"):
         choose(["teeth"], [])

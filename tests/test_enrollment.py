@@ -360,14 +360,24 @@ def test_an_appliance_that_is_started_before_it_is_let_in_says_so_waits_and_come
         APPLIANCE, "start", "--config", config / "site.toml", "--role", "link", "--no-follow", cwd=federation.folder
     )
     log = federation.folder / "early" / "state" / "logs" / "supernode.log"
+
+    def the_doctor_says(status: str, found: str) -> None:
+        asked = ("doctor", "--config", config / "site.toml", "--only", "enrollment", "--json")
+        (finding,) = json.loads(good(command(APPLIANCE, *asked, cwd=federation.folder)).out)["findings"]
+        assert (finding["status"], finding["found"]) == (status, f"the orchestrator {found}")
+
     try:
         until(lambda: "FNU-617" in log.read_text() if log.exists() else False, 60)
         assert "early" not in federation.nodes()
+        the_doctor_says("warn", "does not let this site in (yet)")
         good(federation.site_command("approve", config / "early.request.json", "--yes"))
         until(lambda: federation.nodes()["early"] == "online")
+        the_doctor_says("ok", "lets this site in")
+        assert federation.nodes()["early"] == "online", "the doctor's question changes nothing"
         assert log.read_text().count("FNU-617") == 1
         good(federation.site_command("revoke", "early"))
         until(lambda: log.read_text().count("FNU-617") == 2)
+        the_doctor_says("warn", "does not let this site in (yet)")
     finally:
         process.terminate()
         assert end(process, 60).status == 0

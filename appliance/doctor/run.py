@@ -63,6 +63,7 @@ CHECKS = (
     Check("proxy", "network", 30),
     Check("tls", "network", 30, ("dns", "tcp", "proxy")),
     Check("clock", "network", 30, ("dns", "tcp", "proxy")),
+    Check("enrollment", "network", 60, ("user", "dns", "tcp", "proxy", "tls", "clock")),
     Check("throughput", "network", 90, ("dns", "tcp", "proxy", "tls")),
     Check("memory", "machine", 10),
     Check("shared_memory", "machine", 10),

@@ -28,7 +28,7 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
@@ -47,6 +47,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
 from federation.flower import lines
 from federation.flower.bundle import bundle, bundle_hash
@@ -210,6 +211,29 @@ def is_not_let_in(error: httpx.HTTPStatusError) -> bool:
     """Whether the SuperLink does not take a node: its key is not registered, or is active already."""
     told = FlowerError.from_json(error.response.text)
     return told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+
+
+def is_let_in(address: str, ca: bytes, key: Path, max_time: float) -> bool:
+    """Ask the SuperLink whether it knows a site's key, and change nothing there.
+
+    We ask to be activated with a heartbeat of 0 s: Flower looks for the key first, and then refuses the heartbeat.
+    Raises ``HTTPError`` where another answer comes, or none within `max_time` seconds; ``OSError`` and ``ValueError``
+    for a key that cannot be used.
+    """
+    private: Any = load_ssh_private_key(key.read_bytes(), None)
+    fleet = fleet_client(address, ca, key, max_time)
+    try:
+        fleet.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(private.public_key())))
+    except httpx.HTTPStatusError as error:
+        told = FlowerError.from_json(error.response.text)
+        if told is not None and told.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+            return True
+        if is_not_let_in(error):
+            return False
+        raise
+    except DecodeError:
+        pass
+    raise httpx.ProtocolError("an answer that is not Flower's")
 
 
 def deactivate(fleet: Any, node_id: int) -> None:
