@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from federation.errors import Code, FednnunetError
+from federation.readable import printable
 
 TIMEOUT = 15.0
 _ANSWER = 4096
@@ -152,7 +153,7 @@ def _describe(der: bytes | None) -> str:
     except (x509.ExtensionNotFound, ValueError):
         names = _name(certificate.subject)
     days = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
-    return _plain(f"a certificate for {names}, signed by {_name(certificate.issuer)}, valid {days}")
+    return printable(f"a certificate for {names}, signed by {_name(certificate.issuer)}, valid {days}")
 
 
 def _name(name: x509.Name) -> str:
@@ -161,7 +162,3 @@ def _name(name: x509.Name) -> str:
         if found:
             return f'"{found[0].value!s}"'
     return "somebody without a name"
-
-
-def _plain(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)[:400]

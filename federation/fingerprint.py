@@ -41,11 +41,10 @@ RELATIVE_SIZE_CELLS = 1024
 DYADIC_BITS = 320
 """Per-case moments are rounded to multiples of 2**-320: exact for any float32 image in practice."""
 MIN_EXPONENT, MAX_EXPONENT = -170, 120
-MAX_CASES = 500_000
+MAX_SITE_CASES, MAX_SITE_GROUPS, MAX_SITE_PIECES = 500_000, 200_000, 8192
+"""What one site may send (`check`). Merged fingerprints may hold what the sum of a thousand and more sites does:"""
+MAX_CASES, MAX_GROUPS, MAX_PIECES = 10**9, 10**9, 2**24
 MAX_CHANNELS = 64
-MAX_PIECES = 2**20
-MAX_SITE_PIECES = 8192
-MAX_GROUPS = 200_000
 MAX_INTENSITY = 2.0**130
 TRIMMED = 10_000
 """One voxel in this many is winsorised at either end of each case."""
@@ -238,7 +237,7 @@ def check(fingerprint: SiteFingerprint, channels: int, min_cases: int) -> None:
     Raises
     ------
     FednnunetError
-        FNU-507: another number of channels, another k, or more pieces than a site may send.
+        FNU-507: another number of channels, another k, or more cases, groups or pieces than a site may send.
     """
     if len(fingerprint.channels) != channels:
         found = f"a fingerprint with {len(fingerprint.channels)} channels where the study has {channels}"
@@ -246,8 +245,14 @@ def check(fingerprint: SiteFingerprint, channels: int, min_cases: int) -> None:
     if fingerprint.min_cases != min_cases:
         found = f"a fingerprint for groups of {fingerprint.min_cases} cases where the study asks for {min_cases}"
         raise FednnunetError(Code.RESULT_REFUSED, found)
-    if max(channel.pieces for channel in fingerprint.channels) > MAX_SITE_PIECES:
-        raise FednnunetError(Code.RESULT_REFUSED, f"a histogram of more than {MAX_SITE_PIECES} pieces")
+    pieces = max(channel.pieces for channel in fingerprint.channels)
+    for number, most, what in (
+        (fingerprint.n_cases, MAX_SITE_CASES, "cases"),
+        (len(fingerprint.geometry), MAX_SITE_GROUPS, "groups"),
+        (pieces, MAX_SITE_PIECES, "pieces in a histogram"),
+    ):
+        if number > most:
+            raise FednnunetError(Code.RESULT_REFUSED, f"a fingerprint of more than {most} {what}")
 
 
 def merge(fingerprints: Sequence[SiteFingerprint]) -> SiteFingerprint:
@@ -369,15 +374,7 @@ def percentiles(pooled: SiteFingerprint, channel: int, q: Sequence[float]) -> li
         raise FednnunetError(Code.NO_FOREGROUND, "no case of any site has foreground")
     lower, upper, mass = pooled.channels[channel].columns()
     edges, place = np.unique(np.concatenate([lower, upper]), return_inverse=True)
-    slope = mass / (upper - lower)
-    change = np.zeros(len(edges))
-    np.add.at(change, place[: len(lower)], slope)
-    np.add.at(change, place[len(lower) :], -slope)
-    open_pieces = np.zeros(len(edges), dtype=np.int64)
-    np.add.at(open_pieces, place[: len(lower)], 1)
-    np.add.at(open_pieces, place[len(lower) :], -1)
-    covered = np.cumsum(open_pieces)[:-1] > 0
-    density = np.where(covered, np.maximum(np.cumsum(change)[:-1], 0.0), 0.0)
+    density = _density(mass / (upper - lower), place[: len(lower)], place[len(lower) :], len(edges))
     heights = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
     heights /= heights[-1]
     result = []
@@ -392,6 +389,34 @@ def percentiles(pooled: SiteFingerprint, channel: int, q: Sequence[float]) -> li
         share = (wanted - below) / (above - below)
         result.append(float(edges[first - 1] + share * (edges[first] - edges[first - 1])))
     return result
+
+
+def _density(slope: NDArray[np.float64], first: NDArray[Any], last: NDArray[Any], edges: int) -> NDArray[np.float64]:
+    """The sum of the pieces' slopes between each edge and the next.
+
+    Slopes are added where a piece begins and taken off where it ends, those of one size by themselves: beside a channel
+    that is 0 everywhere (a missing modality), whose piece is 2**-160 wide, all others would be lost to rounding.
+
+    Parameters
+    ----------
+    slope : array of float
+        Mass over width, above zero.
+    first, last : array of int
+        The edges between which a piece lies.
+    edges : int
+        Number of edges.
+    """
+    density = np.zeros(edges - 1)
+    sizes = np.frexp(slope)[1] // 4
+    for size in np.unique(sizes):
+        chosen = sizes == size
+        change, open_pieces = np.zeros(edges), np.zeros(edges, dtype=np.int64)
+        for place, sign in ((first[chosen], 1), (last[chosen], -1)):
+            np.add.at(change, place, sign * slope[chosen])
+            np.add.at(open_pieces, place, sign)
+        covered = np.cumsum(open_pieces)[:-1] > 0
+        density += np.where(covered, np.maximum(np.cumsum(change)[:-1], 0.0), 0.0)
+    return density
 
 
 def to_nnunet(pooled: SiteFingerprint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Numbers as people read them: on screens, in reports, on the web page."""
+"""Numbers and texts as people read them: on screens, in reports, on the web page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import time
 def number(value: float | None) -> str:
     """Three digits, or - for what is not known."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def printable(text: str, most: int = 400) -> str:
+    """A text that somebody else has sent, cut, with `?` for each character that a terminal might obey."""
+    return "".join(character if character.isprintable() else "?" for character in text[:most])
 
 
 def size(nbytes: float) -> str:

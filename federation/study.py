@@ -58,7 +58,7 @@ PLANNERS = (
 class Aggregation(BaseModel):
     """How the sites' updates become the next global weights."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     method: Method = Field(
         "mean",
@@ -110,7 +110,7 @@ class Aggregation(BaseModel):
 class Study(BaseModel):
     """One federated training, from the datasets' contract to the exported model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     name: str = Field(pattern=NAME, examples=["liver-2026"], description="A short name for people.")
     dataset: str = Field(

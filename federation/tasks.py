@@ -7,6 +7,8 @@ Rules:
 - An answer holds sums, counts and weights. No case name, no path, no traceback: a failure is a number of the
   catalogue and a count.
 - Bodies are JSON. Weights travel as one safetensors file next to the body, described by `Weights`.
+- Every number of an answer has bounds, within which no sum of the answers of all sites can overflow, and every text is
+  short and printable: a site's words reach the coordinator's terminal.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint
@@ -25,7 +27,21 @@ TrainedFold = Literal["0", "1", "2", "3", "4", "all"]
 """A fold as it is trained; it becomes part of a folder's name."""
 Cases = Annotated[int, Field(ge=1, le=1_000_000)]
 """Training cases that a site may claim: they are its weight in the mean, so a claim beyond all reason is no answer."""
+Counted = Annotated[int, Field(ge=0, le=1_000_000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dice = Annotated[float, Field(ge=0, le=1)]
+Loss = Annotated[float, Field(ge=-1e30, le=1e30)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+
+
+def _is_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds what cannot be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=200), AfterValidator(_is_printable)]
+"""What a site says in words, such as the name of its GPU."""
 
 
 class _Body(BaseModel):
@@ -102,17 +118,19 @@ class Task(_Body):
 class Count(_Body):
     """How often a site met one code of the catalogue (2xx): no file name leaves."""
 
-    code: int
-    count: int = Field(ge=1)
+    code: int = Field(ge=100, le=999)
+    count: int = Field(ge=1, le=10**12)
 
 
 class Description(_Body):
     """Answer to Describe: the dataset is complete and fits the contract."""
 
     training_cases: Cases
-    test_cases: int = Field(ge=0, description="Cases of imagesTs with a label in labelsTs, for scoring alone.")
-    warnings: list[Count] = []
-    versions: dict[str, str] = Field(default_factory=dict, description="Versions of the packages that matter.")
+    test_cases: Counted = Field(description="Cases of imagesTs with a label in labelsTs, for scoring alone.")
+    warnings: list[Count] = Field([], max_length=100)
+    versions: dict[Text, Text] = Field(
+        default_factory=dict, max_length=100, description="Versions of the packages that matter."
+    )
 
 
 class Network(_Body):
@@ -121,11 +139,11 @@ class Network(_Body):
     The plan itself, with its intensities and median shapes, stays at the site, and so does the fingerprint.
     """
 
-    plans_name: str
+    plans_name: Text
     architecture: dict[str, Any] = Field(description="nnU-Net's `architecture`: the network's class and arguments.")
-    patch_size: list[int]
-    spacing: list[float] = Field(description="Target spacing in mm.")
-    batch_size: int = Field(ge=1)
+    patch_size: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(min_length=2, max_length=3)
+    spacing: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(max_length=3, description="Target spacing in mm.")
+    batch_size: int = Field(ge=1, le=100_000)
 
     def plans(self, study: Study) -> dict[str, Any]:
         """As much of nnU-Net's plans as building the network takes."""
@@ -144,7 +162,7 @@ class Preparation(_Body):
     plans_sha256: Sha256
     network: Network | None = Field(None, description="With mode asymfedavg: the network of the site's own plan.")
     training_cases: dict[str, Cases] = Field(description="Number of training cases for each fold.")
-    device: str
+    device: Text
 
 
 class Training(_Body):
@@ -153,13 +171,15 @@ class Training(_Body):
     plans_sha256: Sha256
     cases: Cases = Field(description="Training cases, as declared by Prepare.")
     epochs: int = Field(ge=1)
-    learning_rate: list[float]
-    train_loss: list[float]
-    val_loss: list[float]
-    pseudo_dice: list[list[float | None]] = Field(
+    learning_rate: list[Annotated[float, Field(ge=0, le=1e30)]]
+    train_loss: list[Loss]
+    val_loss: list[Loss]
+    pseudo_dice: list[list[Dice | None]] = Field(
         description="nnU-Net's online Dice for each epoch and foreground class; None where a class did not occur."
     )
-    seconds: dict[str, float] = Field(description="Wall time: `train`, `validation`, `checkpoint`, `start` (cold).")
+    seconds: dict[Text, Seconds] = Field(
+        max_length=100, description="Wall time: `train`, `validation`, `checkpoint`, `start` (cold)."
+    )
 
     @model_validator(mode="after")
     def _one_entry_for_each_epoch(self) -> Training:
@@ -172,9 +192,9 @@ class Training(_Body):
 class LabelScore(_Body):
     """Dice of one label over the cases of one site."""
 
-    mean: float | None
-    std: float | None
-    minimum: float | None
+    mean: Dice | None
+    std: Dice | None
+    minimum: Dice | None
     cases: int = Field(ge=0, description="Cases in which the label occurs or was predicted.")
 
 
@@ -186,10 +206,17 @@ class Validation(_Body):
     """
 
     validation: dict[str, LabelScore] = {}
-    validation_cases: int = 0
+    validation_cases: Counted = 0
     test: dict[str, LabelScore] = {}
-    test_cases: int = 0
-    seconds: float
+    test_cases: Counted = 0
+    seconds: Seconds
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> Validation:
+        for scores, cases in ((self.validation, self.validation_cases), (self.test, self.test_cases)):
+            if any(score.cases > cases for score in scores.values()):
+                raise ValueError("a label with more cases than were scored")
+        return self
 
 
 class Finished(_Body):
@@ -206,13 +233,13 @@ class Comparison(_Body):
 
     local: Validation
     personalised: Validation
-    seconds: float
+    seconds: Seconds
 
 
 class Failure(_Body):
     """A failed task: numbers of the catalogue alone."""
 
-    problems: list[Count] = Field(min_length=1)
+    problems: list[Count] = Field(min_length=1, max_length=100)
     retry: bool = Field(False, description="True where asking again (with full weights) may help.")
 
     def describe(self) -> str:

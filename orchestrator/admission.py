@@ -63,10 +63,18 @@ def check_answer(task: Task, result: Result, has_weights: bool) -> None:
         raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: weights missing from or added to {task.key}")
     if result.preparation is not None:
         _check_preparation(task, result.preparation)
+    scored = [result.validation] if result.validation is not None else []
+    if result.comparison is not None:
+        scored = [result.comparison.local, result.comparison.personalised]
+    labels = set(task.study.label_keys)
+    if any(not labels.issuperset((*report.validation, *report.test)) for report in scored):
+        raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: {task.key} scores a label that the study lacks")
 
 
 def _check_preparation(task: Task, answer: Preparation) -> None:
     """With FFE a site prepares for the plans it was given; with AsymFedAvg it tells the network of its own."""
+    if set(answer.training_cases) != set(task.study.folds):
+        raise FednnunetError(Code.RESULT_REFUSED, f"{task.site} declared its cases for other folds than the study's")
     if task.study.mode == "ffe":
         if answer.plans_sha256 != task.plans_sha256:
             raise FednnunetError(Code.RESULT_REFUSED, f"{task.site}: prepared for other plans")

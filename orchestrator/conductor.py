@@ -243,13 +243,9 @@ class Conductor:
                 self._first_weights(None, result.preparation.network)  # what cannot be built is refused, by name
             return {}
 
-        prepared = {}
-        for site, result in self._everyone(Kind.PREPARE, plan=plan, accept=accept).answers.items():
-            answer = result.preparation
-            if answer is None or set(answer.training_cases) != set(self.study.folds):
-                raise FednnunetError(Code.RESULT_REFUSED, f"{site} declared its cases for other folds")
-            prepared[site] = answer
-            self._plans[site] = answer.plans_sha256
+        answers = self._everyone(Kind.PREPARE, plan=plan, accept=accept).answers
+        prepared = {site: result.preparation for site, result in answers.items() if result.preparation is not None}
+        self._plans |= {site: answer.plans_sha256 for site, answer in prepared.items()}
         return prepared
 
     def _share(self, plan: Plan | None, prepared: dict[str, Preparation]) -> SharedLayers:

@@ -139,7 +139,7 @@ def pool_scores(scores: Iterable[tasks.LabelScore]) -> tasks.LabelScore:
     minima = [minimum for *_, minimum in known if minimum is not None]
     return tasks.LabelScore(
         mean=mean,
-        std=math.sqrt(max(square - mean**2, 0.0)),
+        std=min(math.sqrt(max(square - mean**2, 0.0)), 1.0),
         minimum=min(minima) if minima else None,
         cases=cases,
     )

@@ -19,6 +19,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from federation.errors import Code, FednnunetError
 from federation.flower.runner import SITE_LOST, Node
 from federation.flower.transfer import Ready, Received, file_array
 from federation.patience import pause
+from federation.readable import printable
 from federation.tasks import Result, Task, parse_result
 from orchestrator.admission import check_answer
 from orchestrator.journal import Journal
@@ -38,6 +40,8 @@ log = logging.getLogger("fednnunet.rounds")
 
 MAX_ATTEMPTS = 5
 LOOK_AT_NODES = 1.0  # seconds between two looks at who is online
+RARELY = 60.0
+"""Seconds at most until a site that loses what it is sent, again and again, is sent it once more."""
 FETCHES = 32
 """Answers that are fetched at a time; one that comes over a slow line takes its place for as long as it is uploaded."""
 GRACE = 5.0
@@ -184,6 +188,7 @@ class Exchange:
         fetching: dict[concurrent.futures.Future[tuple[Received, Result | None]], tuple[str, _Outstanding]] = {}
         full: set[str] = set()
         not_before: dict[str, float] = {}
+        lost: Counter[str] = Counter()
         reasons: dict[str, str] = {}
         nodes: dict[str, Node] = {}
         end, looked, expired = time.monotonic() + deadline, 0.0, threading.Event()
@@ -247,7 +252,8 @@ class Exchange:
                         if verdict == "full":
                             full.add(site)
                         elif verdict == "again":
-                            not_before[site] = time.monotonic() + LOOK_AT_NODES
+                            not_before[site] = time.monotonic() + min(LOOK_AT_NODES * 2 ** lost[site], RARELY)
+                            lost[site] = min(lost[site] + 1, 16)
             finally:
                 expired.set()
         for sent in outstanding.values():
@@ -323,10 +329,10 @@ class Exchange:
                 received, result = future.result()
                 if received.error_code in SITE_LOST:
                     with logs.about(**task.subject):
-                        log.info("lost (%s), it is sent again", received.error_reason)
+                        log.info("lost (%s), it is sent again", printable(received.error_reason or ""))
                     return "again"
                 if result is None:
-                    reason = received.error_reason or f"Flower's error {received.error_code}"
+                    reason = printable(received.error_reason or f"Flower's error {received.error_code}")
                     self._journal.write("failed_answer", site=site, key=task.key, attempt=task.attempt, reason=reason)
                     outcome.missing[site] = reason
                     return ""
@@ -337,7 +343,7 @@ class Exchange:
                 if error.code is Code.DISK_FULL:  # this machine's fault, not the site's
                     raise
                 self._refuse(task, result, incoming, error)
-                outcome.missing[site] = f"{error.scrubbed()}: {error.found}"
+                outcome.missing[site] = printable(str(error))
                 return ""
             if result.failure is not None:
                 self._journal.write(
@@ -373,4 +379,4 @@ class Exchange:
             os.replace(incoming, kept.with_suffix(".safetensors"))
         with logs.about(**task.subject):
             log.warning("%s", error)
-        self._journal.write("refused", site=task.site, key=task.key, attempt=task.attempt, reason=str(error))
+        self._journal.write("refused", site=task.site, key=task.key, attempt=task.attempt, reason=printable(str(error)))

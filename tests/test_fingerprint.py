@@ -26,6 +26,7 @@ from appliance.worker.fingerprint import (
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import (
     MASS,
+    MAX_SITE_CASES,
     SiteFingerprint,
     check,
     dyadic_from_text,
@@ -413,16 +414,37 @@ def test_a_hostile_fingerprint_is_refused(change: Any) -> None:
         SiteFingerprint.model_validate_json(altered(change))
 
 
-def test_too_many_pieces_are_refused() -> None:
-    pieces = 2**20 + 1
+@pytest.mark.parametrize("what", ["cases", "groups", "pieces"])
+def test_what_one_site_may_send_is_bounded_and_the_sum_of_many_is_not(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fingerprint_of(three_sites(5)["a"])
+    numbers = {
+        "cases": honest.n_cases,
+        "groups": len(honest.geometry),
+        "pieces": max(channel.pieces for channel in honest.channels),
+    }
+    limit = f"federation.fingerprint.MAX_SITE_{what.upper()}"
+    monkeypatch.setattr(limit, numbers[what])
+    check(honest, 1, 1)
+    monkeypatch.setattr(limit, numbers[what] - 1)
+    with pytest.raises(FednnunetError) as error:
+        check(honest, 1, 1)
+    assert error.value.code is Code.RESULT_REFUSED
 
+
+def test_fingerprints_of_the_largest_sites_can_be_merged() -> None:
     def change(message: Any) -> None:
-        message["channels"][0]["histogram"] = [
-            {"exponent": 0, "start": list(range(pieces)), "cells": [1] * pieces, "mass": [1] * pieces}
-        ]
+        message.update(n_cases=MAX_SITE_CASES, n_cases_with_foreground=0)
+        for part in ("geometry", "relative_sizes"):
+            message[part] = [{**message[part][0], "count": MAX_SITE_CASES}]
+        message["channels"][0].update(sum_of_means="0/2^0", sum_of_squares="0/2^0", histogram=[])
 
-    with pytest.raises(ValidationError):
-        SiteFingerprint.model_validate_json(altered(change))
+    largest = SiteFingerprint.model_validate_json(altered(change))
+    check(largest, 1, 1)
+    pooled = merge([largest, largest, fingerprint_of(three_sites(3)["b"])])
+    assert pooled.n_cases > 2 * MAX_SITE_CASES
+    assert merge([pooled] * 500).n_cases == 500 * pooled.n_cases
 
 
 def test_a_fingerprint_survives_the_wire() -> None:
@@ -437,3 +459,14 @@ def test_an_answer_to_another_question_is_refused(channels: int, min_cases: int)
     with pytest.raises(FednnunetError) as error:
         check(fingerprint, channels, min_cases)
     assert error.value.code is Code.RESULT_REFUSED
+
+
+def test_a_channel_that_is_0_everywhere_takes_nothing_from_the_others() -> None:
+    """A modality that one site lacks and has filled with zeros, beside values around 0 elsewhere (z-scores)."""
+    numbers = np.random.default_rng(0)
+    values = [numbers.normal(0, 20, 5000).astype(np.float32).tolist() for _ in range(20)]
+    zeros = [[0.0] * 5000] * 5
+    pooled = merge([site_fingerprint(statistics_of(*values), 1), site_fingerprint(statistics_of(*zeros), 1)])
+    q = (0.5, 10, 30, 50, 80, 99.5)
+    truth = np.percentile(np.concatenate([np.concatenate(values), np.concatenate(zeros)]), q)
+    np.testing.assert_allclose(percentiles(pooled, 0, q), truth, atol=0.1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import html
 import io
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +123,45 @@ def test_a_step_that_ended_without_a_site_is_not_asked_for_again(federation: Fed
     again = federation.run(study)
     assert len(again.events("asked")) == asked
     assert set(again.exported["unfinished"]) == {SITES[0]}
+
+
+def test_a_hospital_whose_answers_are_beyond_all_reason_is_refused_and_asked_again(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """Each of these was recorded first and broke a step after it, for ever: what is recorded is not asked again."""
+    liar = "hospital_b"
+    lies: dict[Kind, Callable[[dict[str, Any]], None]] = {
+        Kind.FINGERPRINT: lambda answer: _all_cases(answer["fingerprint"], 10**6),
+        Kind.PREPARE: lambda answer: answer["preparation"].update(training_cases={"0": 5}),
+        Kind.TRAIN: lambda answer: answer["training"].update(train_loss=[1e308]),
+        Kind.VALIDATE: lambda answer: answer["validation"]["test"]["organ"].update(mean=1e200),
+    }
+    told: list[Kind] = []
+
+    def lie(task: Task, body: str, weights: Path) -> str:
+        if task.site != liar or task.kind not in lies or task.kind in told:
+            return body
+        told.append(task.kind)
+        answer = json.loads(body)
+        lies[task.kind](answer)
+        return json.dumps(answer)
+
+    study = phantom_study(SITES, iterations_per_epoch=1, validation_iterations_per_epoch=1, rounds=1, seed=7)
+    for kind in lies:
+        with pytest.raises(FednnunetError) as caught:
+            federation.run(parse(study), lie=lie)
+        assert caught.value.code in (Code.SITE_FAILED, Code.QUORUM_NOT_MET)
+        assert liar in caught.value.found
+        assert told[-1] is kind
+    outcome = federation.run(parse(study), lie=lie)
+    assert [line["site"] for line in outcome.events("refused")] == [liar] * len(lies)
+    assert len(predict(outcome.zip, federation.settings[liar].data / "imagesTs", tmp_path)) == 2
+
+
+def _all_cases(fingerprint: dict[str, Any], number: int) -> None:
+    """A fingerprint that adds up, of `number` cases that are all the same and have no foreground."""
+    fingerprint.update(n_cases=number, n_cases_with_foreground=0)
+    for part in ("geometry", "relative_sizes"):
+        fingerprint[part] = [{**fingerprint[part][0], "count": number}]
+    for channel in fingerprint["channels"]:
+        channel.update(sum_of_means="0/2^0", sum_of_squares="0/2^0", histogram=[])

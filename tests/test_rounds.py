@@ -111,9 +111,10 @@ def ask(network: SimulatedNetwork, journal: Journal, deadline: float = 5.0, need
 
     def errand(site: str, full: bool) -> Errand:
         asked_full.append((site, full))
-        task = Task(study=journal.study, site=site, kind=Kind.DESCRIBE)
+        task = Task(study=journal.study, site=site, kind=kind)
         return Errand(task.model_copy(update={"attempt": journal.attempt(task)}))
 
+    kind = changes.pop("kind", Kind.DESCRIBE)
     accept = changes.pop("accept", lambda task, result, update: {})
     exchange = Exchange(network, journal, Unsigned(), 0.01)
     outcome = exchange.ask(["c", "a", "b"], errand, accept, needed=needed, deadline=deadline)
@@ -282,6 +283,41 @@ def test_an_answer_without_the_weights_that_it_speaks_of_costs_that_site_alone(j
     )
     assert sorted(outcome.answers) == ["a", "c"]
     assert "FNU-507" in outcome.missing["b"]
+
+
+def test_a_label_that_the_study_lacks_is_refused(journal: Journal) -> None:
+    score = tasks.LabelScore(mean=0.5, std=0.1, minimum=0.4, cases=1)
+
+    def scored(name: str) -> Callable[[Task], Result]:
+        report = tasks.Validation(test={name: score}, test_cases=1, seconds=1.0)
+        return lambda task: Result.answering(task, validation=report)
+
+    network = SimulatedNetwork({"a": scored("x"), "b": scored("[/red]"), "c": scored("background")})
+    outcome = ask(network, journal, needed=1, kind=Kind.VALIDATE)
+    assert list(outcome.answers) == ["a"]
+    assert all("FNU-507" in outcome.missing[site] for site in "bc")
+
+
+def test_what_a_site_says_in_words_is_cut_and_obeyed_by_no_terminal(journal: Journal) -> None:
+    said = "\x1b]0;mine\x07\x1b[2Jwell\u202e" + "x" * 10**6
+    network = SimulatedNetwork({"a": description, "b": lambda task: Received("", False, 99, said), "c": description})
+    outcome = ask(network, journal, needed=2)
+    (line,) = events(journal, "failed_answer")
+    for reason in (outcome.missing["b"], line["reason"]):
+        assert reason.startswith("?]0;mine??[2Jwell?xxx")
+        assert reason.isprintable()
+        assert len(reason) <= 400
+
+
+def test_a_site_that_loses_whatever_it_is_sent_is_sent_it_less_and_less(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "LOOK_AT_NODES", 0.01)
+    network = SimulatedNetwork(
+        {"a": description, "b": lambda task: Received("", False, LOST, "unavailable"), "c": description}
+    )
+    ask(network, journal, needed=2, deadline=1.5)
+    assert 3 <= [task.site for task in network.pushed].count("b") <= 9, "0.01 s, 0.02 s, 0.04 s ... between two"
 
 
 def test_a_full_disk_here_is_not_a_sites_fault(journal: Journal) -> None:

@@ -229,7 +229,7 @@ def scores_table(study: Study, fold: str, sites: dict[str, dict[str, Any]]) -> T
     parsed = {site: Validation.model_validate(value) for site, value in sites.items()}
     labels = sorted({label for value in parsed.values() for label in (*value.test, *value.validation)})
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(Text(label), justify="right")
     for site, value in parsed.items():
         scores, cases, kind = (
             (value.test, value.test_cases, "imagesTs")
