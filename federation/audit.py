@@ -75,22 +75,33 @@ def append(path: Path, event: str, /, **fields: Any) -> dict[str, Any]:
         More about it: JSON values.
     """
     with locked(path):
-        with open(path, "rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            tail = b""
-            while tail.rstrip(b"\n").count(b"\n") < 2 and len(tail) < size:
-                stream.seek(size - min(size, max(_TAIL, 2 * len(tail))))
-                tail = stream.read()
-        whole = tail[: tail.rfind(b"\n") + 1]
-        if len(whole) < len(tail):
+        whole, torn = _end(path)
+        if torn:
             with disk_errors(path):
-                os.truncate(path, size - len(tail) + len(whole))
-        last = _last(path, whole)
-        chain = Chain._after(path, last)
+                os.truncate(path, path.stat().st_size - torn)
+        chain = Chain._after(path, _last(path, whole))
         try:
             return chain.append(event, **fields)
         finally:
             chain.close()
+
+
+def last(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a chain, None where there is none yet; raises FNU-504 where its own hash does not hold."""
+    found = _last(path, _end(path)[0])
+    return found[0] if found else None
+
+
+def _end(path: Path) -> tuple[bytes, int]:
+    """The end of a chain, at least its last two whole lines, and the bytes of a torn line behind them."""
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        tail = b""
+        while tail.rstrip(b"\n").count(b"\n") < 2 and len(tail) < size:
+            stream.seek(size - min(size, max(_TAIL, 2 * len(tail))))
+            tail = stream.read()
+    whole = tail[: tail.rfind(b"\n") + 1]
+    return whole, len(tail) - len(whole)
 
 
 def _last(path: Path, lines: bytes) -> list[dict[str, Any]]:

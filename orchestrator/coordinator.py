@@ -126,13 +126,15 @@ def _drive(settings: CoordinatorSettings, run: Run, study: Study, workshop: Work
             journal.write("failed", number=failed.code.number, reason=str(failed), advice=failed.advice)
             raise failed from error
     finally:
-        ended = journal.state.ended in ENDED
         journal.close()
-        if ended:
+        if shut_down:  # SIGTERM may have come in the middle of a line, also of the last: the file is read anew
+            journal = Journal(folder, study)
+            if journal.state.ended not in ENDED:
+                journal.write("interrupted", run=run.run_id)
+            journal.close()
+        if journal.state.ended in ENDED:
             withdraw_stop(folder)
             _write_report(folder)
-        if shut_down:  # SIGTERM may have come in the middle of a line, so the file is opened anew
-            audit.append(folder / "journal.jsonl", "interrupted", run=run.run_id)
 
 
 def _open(folder: Path, study: Study, run: Run) -> Journal:

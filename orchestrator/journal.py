@@ -29,14 +29,13 @@ Rules:
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from federation import files
+from federation import audit, files
 from federation.audit import Chain
 from federation.errors import Code, FednnunetError
 from federation.study import Study
@@ -130,14 +129,11 @@ def read_study(path: Path) -> Study:
 def under_way(studies: Path) -> Iterator[Path]:
     """Journals of the studies that have begun and not ended, by their last whole line."""
     for journal in sorted(studies.glob("*/journal.jsonl")):
-        with open(journal, "rb") as stream:
-            stream.seek(max(0, journal.stat().st_size - 65536))
-            lines = stream.read().rpartition(b"\n")[0].splitlines()
         try:
-            event = json.loads(lines[-1])["event"]
-        except (IndexError, ValueError, KeyError, TypeError):
-            event = ""  # the check of the whole file says what is wrong
-        if event not in ENDED:
+            line = audit.last(journal)
+        except FednnunetError:
+            line = None  # the check of the whole file says what is wrong
+        if line is None or line["event"] not in ENDED:
             yield journal
 
 

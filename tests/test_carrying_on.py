@@ -11,12 +11,16 @@ import pytest
 from commands import phantom_study
 from journals import Written
 
+from federation import audit
 from federation.flower import clients
 from federation.flower.clients import UnderWay
+from federation.flower.runner import Run, Stop
 from federation.patience import SLOWEST, pause
 from federation.study import Study, parse
 from orchestrator import coordinator, selftest
 from orchestrator.coordinator import CoordinatorSettings
+from orchestrator.journal import Journal, under_way
+from orchestrator.workshop import Workshop
 
 
 class Control:
@@ -132,3 +136,40 @@ def test_a_disk_that_does_not_take_the_journal_is_waited_for(
     journal.write("opened", run=1, submission="s")
     journal.close()
     assert caplog.text.count("FNU-702") == 3
+
+
+@pytest.mark.parametrize("last", ["done", "phase"])
+def test_a_shutdown_while_a_line_is_written_is_said_only_of_a_study_that_has_not_ended(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Conductor:
+        """Is told to stop while its last line goes to the disk."""
+
+        def __init__(self, run: Run, journal: Journal, *_: Any) -> None:
+            self._journal = journal
+
+        def conduct(self) -> None:
+            self._journal._chain.append(last, **({"phase": "training"} if last == "phase" else {}))
+            raise Stop(0)
+
+    reports: list[Path] = []
+    monkeypatch.setattr(coordinator, "Conductor", Conductor)
+    monkeypatch.setattr(coordinator, "_write_report", reports.append)
+    settings = coordinator.CoordinatorSettings(tmp_path, "", 0.01)
+    monkeypatch.setattr(coordinator.CoordinatorSettings, "signatures", None)
+    study = parse(phantom_study(["north", "south"]))
+    run = cast(Run, UnderWay(7, study.model_dump_json(), "s"))
+    with pytest.raises(Stop):
+        coordinator._drive(settings, run, study, cast(Workshop, None))
+    folder = settings.studies / study.id
+    events = [line["event"] for line in audit.read(folder / "journal.jsonl")]
+    assert events == (["opened", "done"] if last == "done" else ["opened", "phase", "interrupted"])
+    assert reports == ([folder] if last == "done" else [])
+    assert list(under_way(settings.studies)) == ([] if last == "done" else [folder / "journal.jsonl"])
+
+
+def test_a_study_that_has_ended_on_a_long_line_is_not_under_way(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    written.write("opened", run=1)
+    written.write("failed", number=503, reason="x" * 300_000, advice="")
+    assert list(under_way(tmp_path / "studies")) == []

@@ -19,7 +19,7 @@ from rich.console import Console
 from federation import files
 from federation.audit import Tail
 from orchestrator.admin.overview import ABSENT, PRESENT
-from orchestrator.admin.progress import plain, screen, sparkline
+from orchestrator.admin.progress import plain, scores_table, screen, sparkline
 from orchestrator.history import History, load, studies
 
 
@@ -214,6 +214,14 @@ def test_the_newest_study_is_the_one_that_began_last_also_in_a_copied_state(tmp_
         os.utime(one.folder / "study.json", (9 - number, 9 - number))  # a copy's times say nothing
         time.sleep(0.002)  # a line of a journal says its time in milliseconds
     assert [one.study.name for one in studies(tmp_path / "studies")] == names, "the last one has no line yet"
+
+
+def test_a_label_in_brackets_is_shown_as_it_is_called(tmp_path: Path) -> None:
+    labels = {"background": 0, "[/red]": 1}
+    study = Written(tmp_path, labels=labels).study
+    score = {"mean": 0.5, "std": 0.05, "minimum": 0.4, "cases": 4}
+    scores = {"validation": {}, "validation_cases": 0, "test": {"[/red]": score}, "test_cases": 4, "seconds": 1.0}
+    assert "[/red]" in shown(scores_table(study, "all", {"north": scores}))
 
 
 def test_watch_without_a_terminal_says_first_how_the_study_stands(tmp_path: Path) -> None:
