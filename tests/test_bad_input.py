@@ -289,7 +289,9 @@ X_RAY = {"channel_names": {"0": "X-ray"}, "labels": {"background": 0, "lung": 1}
                 "hospital_b": Broken(lfs_pointer, 211, "ProstateX-0000_0000.nii.gz", "git lfs pull"),
             },
         ),
-        (X_RAY, {"hospital_a": Broken(grey_mask, 215, "MCUCXR_0002.png", "Threshold")}),
+        pytest.param(
+            X_RAY, {"hospital_a": Broken(grey_mask, 215, "MCUCXR_0002.png", "Threshold")}, marks=pytest.mark.long
+        ),
     ],
     ids=["a float label and an LFS pointer", "an anti-aliased mask"],
 )

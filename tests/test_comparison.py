@@ -24,7 +24,7 @@ from federation.weights import TensorFile
 from orchestrator import report
 from orchestrator.history import load
 
-COMPARE: dict[str, Any] = {"compare": "local", "personalise_epochs": 2, "iterations_per_epoch": 6, "rounds": 2}
+COMPARE: dict[str, Any] = {"compare": "local", "personalise_epochs": 2, "iterations_per_epoch": 3, "rounds": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,14 +117,14 @@ def test_cut_short_in_the_middle_it_goes_on_to_the_same_scores(
 
     def stop_in_the_second_epoch(text: str) -> None:
         phases.append(text)
-        if text.startswith("local: round 2, epoch 2 of 2, iteration 3"):
+        if text.startswith("local: round 2, epoch 2 of 2, iteration 2"):
             site.spool.cancel(task)
 
     site.worker.status.phase = stop_in_the_second_epoch  # type: ignore[method-assign]
     site.worker.handle(task)
     assert site.spool.result(task) is None
-    assert "local: round 2, epoch 2 of 2, iteration 3 of 6" in phases
-    assert "local: round 2, epoch 2 of 2, iteration 4 of 6" not in phases
+    assert "local: round 2, epoch 2 of 2, iteration 2 of 3" in phases
+    assert "local: round 2, epoch 2 of 2, iteration 3 of 3" not in phases
     site.restart()
     phases.clear()
     site.worker.status.phase = phases.append  # type: ignore[method-assign]

@@ -146,7 +146,7 @@ def test_a_hospital_whose_answers_are_beyond_all_reason_is_refused_and_asked_aga
         lies[task.kind](answer)
         return json.dumps(answer)
 
-    study = phantom_study(SITES, iterations_per_epoch=1, validation_iterations_per_epoch=1, rounds=1, seed=7)
+    study = phantom_study(SITES[:2], iterations_per_epoch=1, validation_iterations_per_epoch=1, rounds=1)
     for kind in lies:
         with pytest.raises(FednnunetError) as caught:
             federation.run(parse(study), lie=lie)

@@ -32,7 +32,7 @@ from federation.processes import Lock
 from orchestrator import model
 
 MODEL = Path(NAME) / "nnUNetTrainer__nnUNetPlans__3d_fullres"
-CASES = 7
+CASES, LARGE = 7, 3  # the last ones take more than one window, and the time that a test needs to come between
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ def summary(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("batch")
-    images = write_site(folder / "data", cases=1, test_cases=CASES, size=22) / "imagesTs"
+    images = write_site(folder / "data", cases=1, test_cases=CASES, size=16) / "imagesTs"
+    for larger in sorted(
+        (write_site(folder / "large", cases=CASES - LARGE + 1, test_cases=LARGE, size=22) / "imagesTs").iterdir()
+    ):
+        shutil.copyfile(larger, images / larger.name)
     _, plans = shared_site()
     weights = {}
     for fold in ("0", "1"):

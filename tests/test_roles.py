@@ -164,7 +164,7 @@ def test_an_empty_round_readiness_by_role_and_a_study_that_a_shutdown_interrupts
         damaged = copy.state / journal.relative_to(pod.state)
         damaged.write_bytes(damaged.read_bytes().replace(b'"enrolling"', b'"enroIling"'))
         assert journal.parent.name[:12] in not_ready(copy)
-        damaged.write_bytes(damaged.read_bytes() + b'{"event":"done"}\n')
+        audit.append(damaged, "done")
         readiness.check(copy)  # what has ended keeps nobody from work
         for beside in ("superlink.db-wal", "superlink.db-shm"):  # SQLite would mend the file from them
             (copy.state / beside).unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def fingerprinted(desk: Desk) -> Done:
 
 
 @pytest.fixture(scope="module")
-def planned(desk: Desk, fingerprinted: Done) -> Done:
+def planned(desk: Desk) -> Done:
     return good(
         desk.simulate("plan_and_preprocess", IDS, "3d_fullres", "-pl", "SmallUNetPlanner", "-np", 2, "-npfp", 2)
     )
@@ -81,6 +81,7 @@ def trained(desk: Desk, planned: Done) -> Done:
     return good(desk.simulate(*TRAIN, *FEW))
 
 
+@pytest.mark.long
 def test_extract_fingerprint_pools_and_stops_there(desk: Desk, fingerprinted: Done) -> None:
     for site in SITES:
         assert f"{site} is online" in fingerprinted.out
@@ -121,6 +122,7 @@ def test_train_with_half_wire_ends_in_one_native_model(desk: Desk, trained: Done
     assert max(answered) < 0.65 * max(sent), "an answer is a float16 difference, the first weights are float32"
 
 
+@pytest.mark.long
 def test_the_model_is_installed_and_predicts_as_getting_started_says(desk: Desk, trained: Done, tmp_path: Path) -> None:
     """The page's own lines, with the names that the study printed."""
     path = re.search(r"^model: (.*\.zip) \(", trained.out, re.MULTILINE)

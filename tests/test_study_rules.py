@@ -123,7 +123,10 @@ def test_a_setting_that_can_work_passes(name: str) -> None:
         ({"aggregation": {"trim": 0.5}}, ["aggregation.trim: must be below 0.5, not 0.5"]),
         ({"rounds": None}, ["rounds: must be a whole number, not nothing"]),
         ({"round_deadline": float("inf")}, ["round_deadline: must be a finite number"]),
-        ({"aggregation": {"max_update_ratio": float("nan")}}, ["aggregation.max_update_ratio: must be a finite number"]),
+        (
+            {"aggregation": {"max_update_ratio": float("nan")}},
+            ["aggregation.max_update_ratio: must be a finite number"],
+        ),
         ({"accept_float_labels": "maybe"}, ["accept_float_labels: must be true or false, not 'maybe'"]),
     ],
 )

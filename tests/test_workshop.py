@@ -10,7 +10,7 @@ from commands import wait_for
 from orchestrator.workshop import Workshop
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_idle_child_ends_and_the_next_job_gets_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "job.py").write_text(
         "import os\ndef main(arguments):\n    print(arguments, os.getppid())\n    return 3\n"

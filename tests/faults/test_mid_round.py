@@ -45,7 +45,7 @@ def undisturbed(federation: Federation) -> str:
         ("coordinator", "orchestrator coordinator", ""),
         pytest.param("superlink", "orchestrator superlink", "", marks=pytest.mark.long),
         pytest.param("link", "appliance.link link", "hospital_a", marks=pytest.mark.long),
-        ("worker", "appliance.worker", "hospital_a"),
+        pytest.param("worker", "appliance.worker", "hospital_a", marks=pytest.mark.long),
         pytest.param("supernode", "appliance.link supernode", "hospital_a", marks=pytest.mark.long),
     ],
 )
