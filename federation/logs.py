@@ -123,9 +123,11 @@ def configure() -> None:
     """A process that a supervisor follows: text lines to stderr."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)  # Flower's logger lets its debug lines through, several each second
+    handler.addFilter(lambda record: bool(record.getMessage()))  # Flower's empty lines
     handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s%(subject)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("alembic", "httpx"):  # a line for each step of a new database, and for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Screen:

@@ -148,6 +148,7 @@ def test_a_line_says_which_study_site_and_round_it_is_about(tmp_path: Path) -> N
     program = (
         "import logging; from federation import logs\n"
         "logs.configure(); log = logging.getLogger('fednnunet.link'); log.info('ready')\n"
+        "log.info(''); logging.getLogger('alembic.runtime').info('Running upgrade')\n"
         "with logs.about(study='0123456789ab', site='north'):\n"
         "    with logs.about(task='train-fold_0-0003', fold='0', round=3): log.warning('two\\nlines: {a=b}: c')\n"
         "    with logs.about(round=None): log.info('after')\n"

@@ -122,6 +122,10 @@ def test_an_empty_round_readiness_by_role_and_a_study_that_a_shutdown_interrupts
         assert "empty round" in first[-1]
         assert not (pod.state / "selftest").exists(), "an empty round left something"
 
+        log = (pod.state / "logs" / "superlink.log").read_text()
+        assert log.count("EXPERIMENTAL") == 1, "what Flower says stands there once"
+        assert "Running upgrade" not in log
+
         (tmp_path / "wrong").write_text("not the token")
         refused(pod.selftest(tmp_path / "wrong"), 723, "401")
         shutil.rmtree(tmp_path / "other", ignore_errors=True)

@@ -35,7 +35,7 @@ from typing import Any
 import flwr.supercore.corestate.sql_corestate as corestate
 import uvicorn
 import uvloop
-from flwr.supercore.logger import update_console_handler
+from flwr.supercore.logger import FLOWER_LOGGER, console_handler
 from flwr.superlink.main import create_app
 
 from federation.enrollment import PATH
@@ -153,8 +153,8 @@ def application(files: SuperLinkFiles, control: Listener) -> tuple[Any, Any]:
         *("--host", control.host, "--port", str(control.port), "--database", str(files.database)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
     ]
+    FLOWER_LOGGER.removeHandler(console_handler)  # what it says is in our log (federation.logs), once
     config = _cli._parse_superlink_lifespan_config()
-    update_console_handler(level="WARNING", timestamps=True, colored=False)
     return config, create_app(config, _cli.SuperLinkLifespan)
 
 

@@ -30,7 +30,7 @@ import flwr.supernode.fleet_http_connection as fleet_connection
 import flwr.supernode.start_client_internal as loop
 import httpx
 from flwr.supercore.inflatable import inflatable_utils
-from flwr.supercore.logger import update_console_handler
+from flwr.supercore.logger import FLOWER_LOGGER, console_handler
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.run import RunNotRunningException
 
@@ -281,6 +281,7 @@ def run(
     refused : callable
         Called once, when the SuperLink has refused a request (401), before Flower's loop ends on that.
     """
+    FLOWER_LOGGER.removeHandler(console_handler)  # what it says is in our log (federation.logs), once
     flower: dict[str, Any] = {"leases": corestate, "fleet": fleet_connection, "loop": loop, "cli": _cli}
     flower["leases"].HEARTBEAT_PATIENCE = link_lease / corestate.HEARTBEAT_DEFAULT_INTERVAL
     flower["fleet"].make_simple_http_retry_invoker = clients.supernode_retry
@@ -317,7 +318,6 @@ def run(
         *("--auth-supernode-private-key", str(files.key), "--port", str(runtime_port)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(files.secret)),
     ]
-    update_console_handler(level="WARNING", timestamps=True, colored=False)
     try:
         _cli.flower_supernode()
     finally:
