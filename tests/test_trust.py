@@ -26,7 +26,7 @@ from appliance.link.trust import Trust, allow_rewind
 from appliance.plain_words import in_plain_words
 from appliance.spool import WEIGHTS, Spool
 from appliance.worker import site_report
-from federation import keypairs, signing, tasks, weights
+from federation import enrollment, keypairs, signing, tasks, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
 from federation.flower.runner import Answer, Asked
@@ -301,6 +301,19 @@ def test_two_coordinator_keys_are_read_from_one_file_during_a_rotation() -> None
     assert signing.open_message(signed(a_task()), "task", "coordinator", keys).body
     refused(Code.STATE_NOT_READY, lambda: keypairs.load_public(b"no key", "coordinator.pub"))
     refused(Code.STATE_NOT_READY, lambda: keypairs.load_private(b"no key", "site.key"))
+
+
+@pytest.mark.parametrize("letters", ["utf-8", "latin-1"])
+def test_a_key_may_have_a_comment_in_any_letters(letters: str) -> None:
+    """ssh-keygen takes the comment from the user's and the machine's names."""
+    public, comment = COORDINATOR.public_key(), "Jürgen@Käthes-Büro".encode(letters)
+    line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    for text in (line + b" " + comment + b"\n", b"# " + comment + b"\n" + pem + b"# " + comment + b"\n"):
+        assert keypairs.load_public(text, "coordinator.pub") == [public]
+        assert enrollment.fingerprint(text) == enrollment.fingerprint(line)
+    damaged = pem.replace(b"BEGIN", b"BEGONE")
+    refused(Code.STATE_NOT_READY, lambda: keypairs.load_public(pem + damaged, "coordinator.pub"))
 
 
 # the policy
