@@ -451,7 +451,10 @@ def parse(value: Any, where: str = "the study") -> Study:
 
 
 class _Reader(yaml.SafeLoader):
-    """YAML's safe loader; it notes in `twice` each key that stands in a mapping again, where YAML takes the last."""
+    """YAML's safe loader; it notes in `twice` each key that stands in a mapping again, where YAML takes the last.
+
+    A value that is not what its `!!tag` says is an error with its line: PyYAML's own readers of values trip over some.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -468,6 +471,13 @@ class _Reader(yaml.SafeLoader):
                 lines[key.value] = line
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError) as error:
+            said = f"this is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
+
 
 def load(path: Path) -> Study:
     """Read a study file; raises FNU-101 or FNU-102."""
@@ -476,6 +486,8 @@ def load(path: Path) -> Study:
         value = reader.get_single_data()
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, 2026-13-01
         raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: {error}") from error
+    except RecursionError as error:
+        raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: lists or mappings in one another, too deep") from error
     if reader.twice:
         raise FednnunetError(Code.STUDY_INVALID, "\n".join([str(path), *reader.twice[:MOST_FAULTS]]))
     if not isinstance(value, dict):

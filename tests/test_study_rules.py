@@ -11,7 +11,7 @@ from pydantic import Field
 
 from federation.errors import Code, FednnunetError
 from federation.layers import kept_local, possible_names
-from federation.study import PATTERNS, Study, parse
+from federation.study import PATTERNS, Study, load, parse
 
 FIVE = [f"site_{number}" for number in range(5)]
 CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
@@ -140,6 +140,24 @@ def test_every_pattern_of_the_study_has_words() -> None:
     for name, schema in Study.model_json_schema()["properties"].items():
         for kind in (schema, schema.get("items", {}), *schema.get("anyOf", [])):
             assert kind.get("pattern") in (None, *PATTERNS), name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: !!timestamp today", "this is no timestamp.*line 1"),
+        ("name: demo\nrounds: !!int ''", "this is no int.*line 2"),
+        ("name: demo\nrounds: !!bool perhaps", "this is no bool.*line 2"),
+        ("? !!float ''\n: 1", "this is no float.*line 1"),
+        *((opening * 5000, "too deep") for opening in ("[", "{", "- ")),
+    ],
+)
+def test_a_study_file_that_yaml_itself_trips_over_is_refused_by_number(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(FednnunetError, match=f"(?s)study.yaml: .*{said}") as error:
+        load(file)
+    assert error.value.code is Code.STUDY_UNREADABLE
 
 
 def test_asymfedavg_of_one_site_is_refused() -> None:
