@@ -292,6 +292,8 @@ class Study(BaseModel):
             raise ValueError(f"quorum {self.quorum} is more than the {len(self.sites)} sites")
         if self.labels.get("background") != 0:
             raise ValueError("labels must hold `background: 0`")
+        if empty := [name for name, value in self.labels.items() if value == []]:
+            raise ValueError(f"labels.{empty[0]} is an empty list: give its number, or the numbers of a region")
         if self.has_regions and self.regions_class_order is None:
             raise ValueError("labels hold regions: regions_class_order is needed")
         if "ignore" in self.labels and self.labels["ignore"] != max(self.label_values()):

@@ -17,6 +17,14 @@ FIVE = [f"site_{number}" for number in range(5)]
 CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a label without a number": (
+        {"labels": {"background": 0, "tumour": 1, "rest": []}},
+        "labels.rest is an empty list: give its number, or the numbers of a region",
+    ),
+    "a label without a number among regions": (
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2, "rest": []}, "regions_class_order": [1, 2]},
+        "labels.rest is an empty list",
+    ),
     "mu below 0": ({"proximal_mu": -0.1}, "proximal_mu: must be at least 0, not -0.1"),
     "a trim of half": ({"aggregation": {"method": "trimmed_mean", "trim": 0.5}}, "aggregation.trim"),
     "a trim that leaves out nobody": (
