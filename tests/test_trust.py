@@ -566,7 +566,10 @@ def test_the_ledger_is_shown_verified_and_exported_and_a_changed_line_is_found(d
     house.answering = trained
     house.arrives(signed(a_task(Kind.TRAIN)))
     run = lambda *arguments: command(APPLIANCE, "ledger", *arguments, "--config", desk, cwd=tmp_path)  # noqa: E731
-    piped = [row.split("\t") for row in good(run("show")).out.splitlines()]
+    shown = good(run("show"))
+    piped = [row.split("\t") for row in shown.out.splitlines()]
+    assert [len(row) for row in piped] == [10] * (1 + len(house.left)), "a head, and a line for each answer"
+    assert shown.err.startswith("2 answers, ")
     left = house.left[-1]
     digest, size = left["weights_sha256"] or left["body_sha256"], left["body_bytes"] + left["weights_bytes"]
     assert piped[2][1:6] == [a_study().id, "train", "all", "1", "orchestrator:8443"]
@@ -579,10 +582,10 @@ def test_the_ledger_is_shown_verified_and_exported_and_a_changed_line_is_found(d
     other = a_study(name="phantom-2")
     house.arrives(signed(a_task(study=other)))
     for called, answers in ((a_study().name, 2), (a_study().id[:4], 2), (a_study().id, 2), (other.name, 1)):
-        assert f"{answers} answers" in good(run("show", "--study", called)).out, called
+        assert f"{answers} answers" in good(run("show", "--study", called)).err, called
         assert len(good(run("export", "--study", called)).out.splitlines()) == 1 + answers
     (tmp_path / "state" / "link" / "studies" / f"{other.id}.json").unlink()
-    assert "1 answers" in good(run("show", "--study", other.id)).out  # the record stays
+    assert "1 answers" in good(run("show", "--study", other.id)).err  # the record stays
     for subcommand in ("show", "export"):
         unknown = run(subcommand, "--study", a_study().id[:3])
         assert unknown.status == 11, unknown
