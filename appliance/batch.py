@@ -268,6 +268,8 @@ class Outputs:
             The cases.
         """
         path = self.own / "settings.json"
+        if not self.own.exists() and not self._by_nnunet:
+            self._refuse_other(model)
         with files.disk_errors(self.folder):
             self.own.mkdir(parents=True, exist_ok=True)
         with files.locked(self.own / "settings.lock"):
@@ -288,6 +290,22 @@ class Outputs:
                 files.write_bytes(self.folder / name, data)
             files.write_bytes(path, settings.model_dump_json(indent=1).encode())
 
+    @property
+    def _by_nnunet(self) -> bool:
+        """Whether nnU-Net's own prediction has written into the folder."""
+        return (self.folder / NNUNET_ARGUMENTS).is_file()
+
+    def _refuse_other(self, model: Mapping[str, bytes]) -> None:
+        """Raise FNU-158 where a file of the model would take the place of another: that of a raw dataset."""
+        for name, data in model.items():
+            path = self.folder / name
+            if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+                raise FednnunetError(
+                    Code.PREDICTED_OTHERWISE,
+                    f"{path} is not the model's: it describes something else",
+                    "Give a folder of its own.",
+                )
+
     def _predicted(self, kinds: Collection[str], probabilities: bool, names: Collection[str]) -> list[Path]:
         """Every prediction in the folder, nnU-Net's arguments last; raises FNU-158 where a file of the kind is none.
 
@@ -300,7 +318,7 @@ class Outputs:
         names : Collection of str
             The cases.
         """
-        noted, by_nnunet = self._noted(), (self.folder / NNUNET_ARGUMENTS).is_file()
+        noted, by_nnunet = self._noted(), self._by_nnunet
         of_cases = {f"{name}{ending}" for name in names for ending in (*kinds, *_BESIDE)}
         found = {path for kind in kinds for path in self.folder.glob(f"*{kind}")}
         found |= {path for name in noted if os.path.lexists(path := self.folder / name)}

@@ -334,6 +334,18 @@ def test_overwriting_a_folder_of_our_own_keeps_what_somebody_has_drawn_there(
     assert written(out) == {name: expected[name] for name in sorted(expected)[:2]}
 
 
+def test_the_description_of_a_dataset_is_not_replaced_by_the_models(whole: Batch, tmp_path: Path) -> None:
+    dataset = tmp_path / "Dataset001_Liver"
+    images = shutil.copytree(whole.images, dataset / "imagesTs")
+    (dataset / "dataset.json").write_text('{"numTraining": 131}')
+    before = [path.name for path in dataset.iterdir()]
+    for overwrite in (False, True):
+        with numbered(Code.PREDICTED_OTHERWISE, "dataset.json is not the model's"):
+            whole.predict(dataset, images, overwrite=overwrite)
+    assert (dataset / "dataset.json").read_text() == '{"numTraining": 131}'
+    assert [path.name for path in dataset.iterdir()] == before
+
+
 SETTINGS = batch.PredictionSettings(
     model="m",
     name="n",
