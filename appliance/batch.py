@@ -6,7 +6,8 @@ Layout of an output folder; the first three lines are what `nnUNetv2_predict` wr
     CASE.npz, CASE.pkl                  probabilities and properties, where asked for
     dataset.json, plans.json            the model's: nnU-Net's evaluation and postprocessing ask for them
     .predict/settings.json              what all of it was predicted with
-    .predict/shard-0002-of-0004/        report.json, lock, partial/ (files that are being written)
+    .predict/shard-0002-of-0004/        report.json, lock, partial/ (files that are being written),
+                                        written.jsonl (name and SHA-256 of what it has put into the folder)
     .predict/summary.json
 
 Rules:
@@ -15,15 +16,20 @@ Rules:
 - A file is written in `partial`, fsynced, renamed; of a case the segmentation is renamed last. A prediction that is
   there is whole: a restart skips it and removes what lies in its own `partial`.
 - All predictions of a folder were made with the same settings and the same weights, or are refused (FNU-158).
+- Removed is what this command has made and nobody has changed since: a file is noted with its SHA-256 before it gets
+  its name, so a kill leaves no prediction that is not noted. nnU-Net's own predictions are known by the file of
+  arguments that it writes beside them. Where anything else of their kind is there, nothing is removed (FNU-158).
 - The summary does not depend on who writes it: every shard that ends compares all inputs with all outputs and gathers
   all reports; it looks again after writing, so that no older summary stays over a newer one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +40,10 @@ from federation import files
 from federation.errors import Code, FednnunetError
 
 OWN = ".predict"
+NNUNET_ARGUMENTS = "predict_from_raw_data_args.json"
+"""What nnU-Net writes into the folder of its predictions (nnunetv2 2.8.1, `nnUNetPredictor.predict_from_files`)."""
+_BESIDE = (".npz", ".pkl")
+"""Endings of what lies beside a prediction where probabilities are asked for."""
 
 
 @dataclass(frozen=True)
@@ -250,17 +260,20 @@ class Outputs:
         settings : PredictionSettings
             What the folder is to be predicted with.
         overwrite : bool
-            Remove what this command has predicted otherwise. Of what it did not make, as `nnUNetv2_predict` leaves it,
-            the files of the cases are removed; any other file is somebody's, and is refused all the same.
+            Remove what this command has predicted otherwise, and what `nnUNetv2_predict` has predicted of the cases.
+            Where any other file of that kind is there, nothing is removed.
         model : Mapping
             The files that nnU-Net's evaluation asks for, by name.
         names : Collection of str
             The cases.
         """
         path = self.own / "settings.json"
+        if not self.own.exists() and not self._by_nnunet:
+            self._refuse_other(model)
         with files.disk_errors(self.folder):
             self.own.mkdir(parents=True, exist_ok=True)
         with files.locked(self.own / "settings.lock"):
+            kinds = {settings.file_ending}
             if path.is_file():
                 there = self.settings()
                 if there == settings:
@@ -268,41 +281,110 @@ class Outputs:
                 different = [name for name, value in settings if value != getattr(there, name)]
                 if not overwrite:
                     raise FednnunetError(Code.PREDICTED_OTHERWISE, f"{self.folder}: other {', '.join(different)}")
-                self._clear(there.file_ending)
-            for foreign in sorted(self.folder.glob(f"*{settings.file_ending}")):
-                if not overwrite:
-                    raise FednnunetError(Code.PREDICTED_OTHERWISE, f"{foreign} was not made by `appliance predict`")
-                if foreign.name.removesuffix(settings.file_ending) not in names:
-                    raise FednnunetError(
-                        Code.PREDICTED_OTHERWISE,
-                        f"{foreign} is of no case of the input, and was not made by `appliance predict`",
-                        "Give another folder: it is not removed.",
-                    )
-            self._clear(settings.file_ending)
+                kinds.add(there.file_ending)
+            predicted = self._predicted(kinds, settings.probabilities, names)
+            if predicted and not overwrite:
+                raise FednnunetError(Code.PREDICTED_OTHERWISE, f"{predicted[0]} was not made with these settings")
+            self._clear(predicted)
             for name, data in model.items():
                 files.write_bytes(self.folder / name, data)
             files.write_bytes(path, settings.model_dump_json(indent=1).encode())
 
-    def _clear(self, file_ending: str) -> None:
-        (self.own / "settings.json").unlink(missing_ok=True)  # first: what is left is nobody's, if this is cut off
-        for path in self.folder.glob(f"*{file_ending}"):
-            for each in (
-                path,
-                *(path.with_name(path.name.removesuffix(file_ending) + end) for end in (".npz", ".pkl")),
-            ):
-                each.unlink(missing_ok=True)
-        for path in self.own.glob("shard-*"):
-            shutil.rmtree(path)
-        (self.own / "summary.json").unlink(missing_ok=True)
+    @property
+    def _by_nnunet(self) -> bool:
+        """Whether nnU-Net's own prediction has written into the folder."""
+        return (self.folder / NNUNET_ARGUMENTS).is_file()
+
+    def _refuse_other(self, model: Mapping[str, bytes]) -> None:
+        """Raise FNU-158 where a file of the model would take the place of another: that of a raw dataset."""
+        for name, data in model.items():
+            path = self.folder / name
+            if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+                raise FednnunetError(
+                    Code.PREDICTED_OTHERWISE,
+                    f"{path} is not the model's: it describes something else",
+                    "Give a folder of its own.",
+                )
+
+    def _predicted(self, kinds: Collection[str], probabilities: bool, names: Collection[str]) -> list[Path]:
+        """Every prediction in the folder, nnU-Net's arguments last; raises FNU-158 where a file of the kind is none.
+
+        Parameters
+        ----------
+        kinds : Collection of str
+            The predictions' file endings.
+        probabilities : bool
+            Whether files of probabilities are to be written.
+        names : Collection of str
+            The cases.
+        """
+        noted, by_nnunet = self._noted(), self._by_nnunet
+        of_cases = {f"{name}{ending}" for name in names for ending in (*kinds, *_BESIDE)}
+        found = {path for kind in kinds for path in self.folder.glob(f"*{kind}")}
+        found |= {path for name in noted if os.path.lexists(path := self.folder / name)}
+        if probabilities or by_nnunet:
+            found |= {path for name in of_cases if os.path.lexists(path := self.folder / name)}
+        for path in sorted(found):
+            whole = path.is_file() and not path.is_symlink()
+            unchanged = whole and path.name in noted and files.sha256_of(path) in noted[path.name]
+            if unchanged or (whole and by_nnunet and path.name in of_cases):
+                continue
+            if path.name in noted:
+                why = "was changed since `appliance predict` made it"
+            elif path.name in of_cases:
+                why = "is not noted as made by `appliance predict`"
+            else:
+                why = "is of no case of the input, and not noted as made by `appliance predict`"
+            raise FednnunetError(
+                Code.PREDICTED_OTHERWISE,
+                f"{path} {why}",
+                "Give another folder, or move it elsewhere: it may be somebody's work, and is not removed.",
+            )
+        return sorted(found) + [self.folder / NNUNET_ARGUMENTS] * by_nnunet
+
+    def _clear(self, predicted: Sequence[Path]) -> None:
+        """Remove predictions, then what says whose they are: cut off in between, the next start goes on with it."""
+        with files.disk_errors(self.folder):
+            for path in predicted:
+                path.unlink(missing_ok=True)
+            files.sync_directory(self.folder)
+            (self.own / "settings.json").unlink(missing_ok=True)
+            for path in self.own.glob("shard-*"):
+                shutil.rmtree(path)
+            (self.own / "summary.json").unlink(missing_ok=True)
+
+    def _noted(self) -> dict[str, set[str]]:
+        """The files that all shards have put into the folder, by name, with the SHA-256 of each of their states."""
+        found = defaultdict[str, set[str]](set)
+        for path in self.own.glob("shard-*/written.jsonl"):
+            for line in path.read_bytes().splitlines():
+                try:
+                    note = json.loads(line)
+                except ValueError:  # a kill or a full disk cut the line off: its file never got its name
+                    continue
+                found[note["name"]].add(note["sha256"])
+        return found
+
+    def _note(self, part: Shard, written: Collection[Path]) -> None:
+        """Write down durably what is about to be put into the folder."""
+        lines = [json.dumps({"name": path.name, "sha256": files.sha256_of(path)}) for path in written]
+        path = self.shard(part) / "written.jsonl"
+        with files.disk_errors(path), open(path, "ab") as stream:
+            stream.write(b"\n" + "\n".join(lines).encode() + b"\n")  # first: the line before may be cut off
+            stream.flush()
+            os.fsync(stream.fileno())
+            files.sync_directory(path.parent)
 
     def keep(self, part: Shard, case: str, settings: PredictionSettings) -> None:
-        """Put a case's finished files into the folder: fsynced, renamed, the segmentation last."""
-        endings = [".npz", ".pkl"] if settings.probabilities else []
-        for ending in (*endings, settings.file_ending):
-            written = self.partial(part) / f"{case}{ending}"
-            with files.disk_errors(written):
-                files.sync_file(written)
-                os.replace(written, self.folder / written.name)
+        """Put a case's finished files into the folder: fsynced, noted, renamed, the segmentation last."""
+        endings = [*(_BESIDE if settings.probabilities else ()), settings.file_ending]
+        written = [self.partial(part) / f"{case}{ending}" for ending in endings]
+        with files.disk_errors(self.folder):
+            for path in written:
+                files.sync_file(path)
+            self._note(part, written)
+            for path in written:
+                os.replace(path, self.folder / path.name)
                 files.sync_directory(self.folder)
 
     def report(self, report: Report) -> None:

@@ -35,17 +35,18 @@ def require(torch: Any, device: str) -> None:
 def visible(device: str, environ: Mapping[str, str]) -> str | None:
     """What CUDA_VISIBLE_DEVICES has to be for cuda:N to be the one device that is seen; None where that is not asked.
 
-    N counts what this process sees already: a scheduler that gave it GPU 5 alone has cuda:0 mean that one. Raises
-    FNU-706 where fewer are seen.
+    N counts what this process sees already: a scheduler that gave it GPU 5 alone has cuda:0 mean that one. A variable
+    that is set to nothing shows no GPU, as CUDA has it. Raises FNU-706 where fewer are seen.
     """
-    index = device.partition(":")[2]
+    index, shown = device.partition(":")[2], environ.get("CUDA_VISIBLE_DEVICES")
     if not index:
         return None
-    given = [each.strip() for each in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    if not given:
+    if shown is None:
         return index
+    given = [each.strip() for each in shown.split(",") if each.strip()]
     if int(index) >= len(given):
-        raise FednnunetError(Code.DEVICE_MISSING, f"{device}: CUDA_VISIBLE_DEVICES shows {','.join(given)} alone")
+        what = f"{','.join(given)} alone" if given else "no GPU"
+        raise FednnunetError(Code.DEVICE_MISSING, f"{device}: CUDA_VISIBLE_DEVICES shows {what}")
     return given[int(index)]
 
 

@@ -114,8 +114,8 @@ def identity(config: Config = _SITE_TOML) -> None:
     if not settings.coordinator_key.is_file():
         typer.echo(f"coordinator   unknown: {settings.coordinator_key} is missing")
         return
-    for block in keypairs.pem_blocks(settings.coordinator_key.read_text(encoding="utf-8")):
-        typer.echo(f"coordinator   {enrollment.fingerprint(block.encode())}")
+    for block in keypairs.pem_blocks(settings.coordinator_key.read_bytes()):
+        typer.echo(f"coordinator   {enrollment.fingerprint(block)}")
 
 
 def trust(

@@ -57,14 +57,14 @@ def show(
 ) -> None:
     """Show what left, when, for which study and round, to whom, and how many bytes.
 
-    In a pipe one line for each answer, TAB between, with everything whole.
+    In a pipe a head and one line for each answer, TAB between, with everything whole; the sum goes to stderr.
     """
-    lines = _lines(config, study)
+    lines, to_person = _lines(config, study), sys.stdout.isatty()
     chosen = lines[-last:] if last > 0 else []
-    for row in in_columns(chosen) if sys.stdout.isatty() else in_full(chosen):
+    for row in in_columns(chosen) if to_person else in_full(chosen):
         typer.echo(row)
-    total = sum(map(_bytes, lines))
-    typer.echo(f"{len(lines)} answers, {total:,} bytes in all" + (f"; {last} shown" if len(lines) > last else ""))
+    total = f"{len(lines)} answers, {sum(map(_bytes, lines)):,} bytes in all"
+    typer.echo(total + (f"; {last} shown" if len(lines) > last else ""), err=not to_person)
 
 
 def in_full(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -14,6 +14,8 @@ Rules:
 - A folder appears whole, by one rename, or not at all.
 - KEY names the task (federation.tasks.Task.key): the same task lies there once, whoever asked and how often.
 - A task with an answer in the outbox is done. Only a failed answer to an earlier attempt is taken away and done again.
+- What this version does not understand, of a later one that was here before, is no task and no answer. A study that is
+  under way is asked for again under the same KEY: what is asked now takes its place.
 - Whatever leaves the hospital lay in the outbox first.
 """
 
@@ -23,9 +25,10 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from federation import files, tasks
 from federation.errors import FednnunetError
@@ -34,6 +37,7 @@ log = logging.getLogger("fednnunet.spool")
 
 WEIGHTS = "weights.safetensors"
 RELEASE = "release"
+Body = TypeVar("Body", tasks.Task, tasks.Result)
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,11 @@ class Spool:
         """Lay a task into the inbox, unless the same task lies there already.
 
         An answer is taken away, so that the worker does the task again, when it is a failure of an earlier attempt,
-        or when its weights have been freed since. The weights file is moved, not copied: it must lie on the same file
-        system.
+        when its weights have been freed since, or when this version does not understand it. The weights file is moved,
+        not copied: it must lie on the same file system.
         """
         folder, answer = self._folder(self.inbox, task), self.result_parcel(task)
+        lay_there = answer.body.exists()  # asked before it is read: the worker may answer at any time
         answered = self.result(task)
         if answered is not None:
             failed_before = answered.failure is not None and answered.attempt < task.attempt
@@ -93,9 +98,12 @@ class Spool:
             if not failed_before and not freed:
                 return
             shutil.rmtree(answer.folder)
-        elif (folder / "task.json").exists():
-            there = tasks.parse_task((folder / "task.json").read_bytes())
-            if there.attempt >= task.attempt and (weights is None) == (self.task_parcel(task).weights is None):
+        else:
+            if lay_there:
+                shutil.rmtree(answer.folder)  # with it the worker would take the task for done
+            there = self._understood(folder / "task.json", tasks.parse_task)
+            same_form = (weights is None) == (self.task_parcel(task).weights is None)
+            if there is not None and there.attempt >= task.attempt and same_form:
                 (folder / "cancel").unlink(missing_ok=True)
                 return
         with files.new_directory(folder) as new:
@@ -115,12 +123,8 @@ class Spool:
         files.write_bytes(self.root / RELEASE, b"")
 
     def result(self, task: tasks.Task) -> tasks.Result | None:
-        """The answer to a task, or None when there is none yet."""
-        body = self._folder(self.outbox, task) / "result.json"
-        try:
-            return tasks.parse_result(body.read_bytes())
-        except FileNotFoundError:
-            return None
+        """The answer to a task, or None when there is none yet that this version understands."""
+        return self._understood(self.result_parcel(task).body, tasks.parse_result)
 
     def result_parcel(self, task: tasks.Task) -> Parcel:
         """Where the answer lies."""
@@ -132,19 +136,14 @@ class Spool:
     def waiting(self) -> list[tasks.Task]:
         """Tasks without an answer that are not cancelled, oldest first.
 
-        One that this version does not understand, of a later version that was here before, is named once and left
-        where it lies: it holds up no other.
+        One that this version does not understand is left where it lies: it holds up no other.
         """
         found = []
         for body in unanswered(self.root):
-            try:
-                found.append((body.stat().st_mtime_ns, tasks.parse_task(body.read_bytes())))
-            except FileNotFoundError:
-                continue
-            except FednnunetError as error:
-                if body not in self._left:
-                    self._left.add(body)
-                    log.warning("%s is left where it is: %s", body, error)
+            with contextlib.suppress(FileNotFoundError):
+                since = body.stat().st_mtime_ns
+                if (task := self._understood(body, tasks.parse_task)) is not None:
+                    found.append((since, task))
         return [task for _, task in sorted(found, key=lambda item: (item[0], item[1].key))]
 
     def take_release(self) -> bool:
@@ -184,6 +183,18 @@ class Spool:
             for path in (box / study_id).glob(f"train-fold_{fold}-*/{WEIGHTS}"):
                 if int(path.parent.name.rpartition("-")[2]) < before:
                     path.unlink(missing_ok=True)
+
+    def _understood(self, body: Path, parse: Callable[[bytes], Body]) -> Body | None:
+        """A task or an answer; None where it is not there, or where this version does not understand it: named once."""
+        try:
+            return parse(body.read_bytes())
+        except FileNotFoundError:
+            return None
+        except FednnunetError as error:
+            if body not in self._left:
+                self._left.add(body)
+                log.warning("%s is left out: %s", body, error)
+            return None
 
     def _folder(self, box: Path, task: tasks.Task) -> Path:
         return box / task.study.id / task.key

@@ -96,11 +96,13 @@ def same_fingerprint(first: str, second: str) -> bool:
 
 def _der(public_key: bytes) -> bytes:
     try:
-        if public_key.lstrip().startswith(b"-----BEGIN"):
-            key: Any = serialization.load_pem_public_key(keypairs.pem_blocks(public_key.decode("ascii"))[0].encode())
-        else:
-            key = serialization.load_ssh_public_key(public_key.strip())
-    except (*keypairs.UNREADABLE, IndexError) as error:
+        blocks = keypairs.pem_blocks(public_key)
+        key: Any = (
+            serialization.load_pem_public_key(blocks[0])
+            if blocks
+            else serialization.load_ssh_public_key(public_key.strip())
+        )
+    except keypairs.UNREADABLE as error:
         raise FednnunetError(Code.REQUEST_INVALID, "no public key of a kind that is used here") from error
     der: bytes = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return der
@@ -126,9 +128,9 @@ def _site_key(line: str) -> ec.EllipticCurvePublicKey:
 def coordinator_keys(pem: str) -> list[ed25519.Ed25519PublicKey]:
     """The Ed25519 keys of a coordinator's PEM text, one or two; raises FNU-114."""
     found = []
-    for block in keypairs.pem_blocks(pem):
+    for block in keypairs.pem_blocks(pem.encode(errors="replace")):
         try:
-            key = serialization.load_pem_public_key(block.encode())
+            key = serialization.load_pem_public_key(block)
         except keypairs.UNREADABLE as error:
             raise FednnunetError(Code.INVITATION_INVALID, "the coordinator's key cannot be read") from error
         if not isinstance(key, ed25519.Ed25519PublicKey):

@@ -15,7 +15,7 @@ PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 UNREADABLE = (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)
 """What `cryptography` raises for bytes that are no key (a compressed point: NotImplementedError)."""
-_END = "-----END PUBLIC KEY-----"
+_BEGIN, _END = b"-----BEGIN PUBLIC KEY-----", b"-----END PUBLIC KEY-----"
 
 
 def sign(key: PrivateKey, data: bytes) -> bytes:
@@ -35,9 +35,9 @@ def holds(key: PublicKey, signature: bytes, data: bytes) -> bool:
     return True
 
 
-def pem_blocks(pem: str) -> list[str]:
-    """The public keys of a PEM text, one by one."""
-    return [block.lstrip() + _END + "\n" for block in pem.split(_END)[:-1]]
+def pem_blocks(pem: bytes) -> list[bytes]:
+    """The public keys of a PEM text, one by one, without what people have written around them."""
+    return [part[max(part.find(_BEGIN), 0) :] + _END + b"\n" for part in pem.split(_END)[:-1]]
 
 
 def load_private(data: bytes, where: str) -> PrivateKey:
@@ -55,10 +55,12 @@ def load_private(data: bytes, where: str) -> PrivateKey:
 
 
 def load_public(data: bytes, where: str) -> list[PublicKey]:
-    """Public keys: one OpenSSH line, or PEM blocks one after the other; raises FNU-113 that names `where`."""
+    """Public keys: one OpenSSH line, or PEM blocks one after the other; raises FNU-113 that names `where`.
+
+    Comments may be in any letters: they are no part of a key.
+    """
     try:
-        blocks = pem_blocks(data.decode("ascii"))
-        found: list[object] = [serialization.load_pem_public_key(block.encode()) for block in blocks]
+        found: list[object] = [serialization.load_pem_public_key(block) for block in pem_blocks(data)]
         if not found:
             found = [serialization.load_ssh_public_key(data.strip())]
     except UNREADABLE as error:

@@ -292,6 +292,8 @@ class Study(BaseModel):
             raise ValueError(f"quorum {self.quorum} is more than the {len(self.sites)} sites")
         if self.labels.get("background") != 0:
             raise ValueError("labels must hold `background: 0`")
+        if empty := [name for name, value in self.labels.items() if value == []]:
+            raise ValueError(f"labels.{empty[0]} is an empty list: give its number, or the numbers of a region")
         if self.has_regions and self.regions_class_order is None:
             raise ValueError("labels hold regions: regions_class_order is needed")
         if "ignore" in self.labels and self.labels["ignore"] != max(self.label_values()):
@@ -451,7 +453,10 @@ def parse(value: Any, where: str = "the study") -> Study:
 
 
 class _Reader(yaml.SafeLoader):
-    """YAML's safe loader; it notes in `twice` each key that stands in a mapping again, where YAML takes the last."""
+    """YAML's safe loader; it notes in `twice` each key that stands in a mapping again, where YAML takes the last.
+
+    A value that is not what its `!!tag` says is an error with its line: PyYAML's own readers of values trip over some.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -468,6 +473,13 @@ class _Reader(yaml.SafeLoader):
                 lines[key.value] = line
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError) as error:
+            said = f"this is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
+
 
 def load(path: Path) -> Study:
     """Read a study file; raises FNU-101 or FNU-102."""
@@ -476,6 +488,8 @@ def load(path: Path) -> Study:
         value = reader.get_single_data()
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, 2026-13-01
         raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: {error}") from error
+    except RecursionError as error:
+        raise FednnunetError(Code.STUDY_UNREADABLE, f"{path}: lists or mappings in one another, too deep") from error
     if reader.twice:
         raise FednnunetError(Code.STUDY_INVALID, "\n".join([str(path), *reader.twice[:MOST_FAULTS]]))
     if not isinstance(value, dict):

@@ -18,7 +18,7 @@ from federation.errors import Code, FednnunetError
         ("cpu", "0", None),
         ("cuda", "3", None),
         ("cuda:1", None, "1"),
-        ("cuda:1", "", "1"),
+        ("cuda", "", None),
         ("cuda:0", "2", "2"),
         ("cuda:0", "GPU-8f5a", "GPU-8f5a"),
         ("cuda:1", "4, 5", "5"),
@@ -30,9 +30,18 @@ def test_a_numbered_gpu_is_one_of_those_that_the_process_was_given(
     assert devices.visible(device, {} if given is None else {"CUDA_VISIBLE_DEVICES": given}) == seen
 
 
-@pytest.mark.parametrize(("device", "given"), [("cuda:2", "4,5"), ("cuda:1", "0"), ("cuda:1", "GPU-8f5a")])
-def test_a_gpu_that_the_process_was_not_given_is_not_taken(device: str, given: str) -> None:
-    with pytest.raises(FednnunetError, match=f"shows {given} alone") as caught:
+@pytest.mark.parametrize(
+    ("device", "given", "said"),
+    [
+        ("cuda:2", "4,5", "4,5 alone"),
+        ("cuda:1", "0", "0 alone"),
+        ("cuda:1", "GPU-8f5a", "GPU-8f5a alone"),
+        ("cuda:0", "", "no GPU"),
+        ("cuda:1", " ", "no GPU"),
+    ],
+)
+def test_a_gpu_that_the_process_was_not_given_is_not_taken(device: str, given: str, said: str) -> None:
+    with pytest.raises(FednnunetError, match=f"shows {said}") as caught:
         devices.visible(device, {"CUDA_VISIBLE_DEVICES": given})
     assert caught.value.code is Code.DEVICE_MISSING
 

@@ -114,8 +114,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def with_probabilities(whole: Batch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return whole.reference(tmp_path_factory.mktemp("expected"), "--save_probabilities")
+def by_nnunet(whole: Batch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that nnUNetv2_predict leaves."""
+    out = tmp_path_factory.mktemp("expected")
+    whole.reference(out, "--save_probabilities")
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_probabilities(by_nnunet: Path) -> dict[str, str]:
+    return written(by_nnunet)
 
 
 @pytest.fixture(scope="module")
@@ -259,29 +267,181 @@ def test_predictions_made_otherwise_are_refused_unless_they_are_to_be_removed(
     whole.predict(out, images, overwrite=True)  # a pod that starts again has the same command
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")} == stamps
 
-    by_nnunet = tmp_path / "by-nnunet"
-    by_nnunet.mkdir()
-    shutil.copyfile(next(out.glob("*.nii.gz")), by_nnunet / "case_01.nii.gz")
-    with numbered(Code.PREDICTED_OTHERWISE, "case_01"):
-        whole.predict(by_nnunet, images)
-    whole.predict(by_nnunet, images, overwrite=True)
-    assert written(by_nnunet) == written(out)
+
+def few(whole: Batch, tmp_path: Path) -> Path:
+    """The images of case_01 and case_02."""
+    images = shutil.copytree(whole.images, tmp_path / "few")
+    for path in sorted(images.iterdir())[2:]:
+        path.unlink()
+    return images
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, but for what is this command's own."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != batch.OWN}
+
+
+def test_what_nnunet_has_predicted_of_the_same_cases_is_removed_when_asked_for(
+    whole: Batch, by_nnunet: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    images, out = few(whole, tmp_path), shutil.copytree(by_nnunet, tmp_path / "out")
+    before = everything(out)
+    with numbered(Code.PREDICTED_OTHERWISE, "case_03", "of no case of the input"):
+        whole.predict(out, images, overwrite=True)
+    assert everything(out) == before
+    for path in [*out.glob("case_0[3-9].*")]:
+        path.unlink()
+    before = everything(out)
+    with numbered(Code.PREDICTED_OTHERWISE, "case_01", "was not made with these settings"):
+        whole.predict(out, images)
+    assert everything(out) == before
+    whole.predict(out, images, overwrite=True)
+    assert written(out) == {name: expected[name] for name in sorted(expected)[:2]}
+    assert not (out / batch.NNUNET_ARGUMENTS).exists(), "it would pass off as nnU-Net's what somebody draws here"
 
 
 def test_overwriting_removes_nothing_but_predictions(whole: Batch, tmp_path: Path) -> None:
     images = shutil.copytree(whole.images, tmp_path / "images")
-    labels = tmp_path / "labels"
-    labels.mkdir()
-    for name in ("case_01", "of_somebody"):
-        (labels / f"{name}.nii.gz").write_bytes(b"drawn by hand")
     (tmp_path / "link").symlink_to(images)
-    before = [written(images), written(labels)]
-    with numbered(Code.PREDICTED_OTHERWISE, "of_somebody"):
-        whole.predict(labels, images, overwrite=True)
-    for out, options in ((images, {}), (tmp_path / "link", {}), (labels, {"previous_stage": labels})):
+    before = written(images)
+    for name, named in (("case_01", "not noted as made"), ("of_somebody", "of no case of the input")):
+        labels = tmp_path / f"labels-{name}"
+        labels.mkdir()
+        (labels / f"{name}.nii.gz").write_bytes(b"drawn by hand")
+        for overwrite in (True, False):
+            with numbered(Code.PREDICTED_OTHERWISE, name, named):
+                whole.predict(labels, images, overwrite=overwrite)
         with numbered(Code.SETTINGS_INVALID, "--output is the folder of"):
-            whole.predict(out, images, overwrite=True, **options)
-    assert [written(images), written(labels)] == before
+            whole.predict(labels, images, overwrite=True, previous_stage=labels)
+        assert everything(labels) == {f"{name}.nii.gz": b"drawn by hand"}
+    for out in (images, tmp_path / "link"):
+        with numbered(Code.SETTINGS_INVALID, "--output is the folder of"):
+            whole.predict(out, images, overwrite=True)
+    assert written(images) == before
+
+
+def test_overwriting_a_folder_of_our_own_keeps_what_somebody_has_drawn_there(
+    whole: Batch, expected: dict[str, str], tmp_path: Path
+) -> None:
+    images, out = few(whole, tmp_path), tmp_path / "out"
+    whole.predict(out, images, folds=("0",))
+    corrected, predicted = out / "case_01_corrected_by_radiologist.nii.gz", (out / "case_02.nii.gz").read_bytes()
+    for path, named in ((corrected, "not noted"), (out / "case_02.nii.gz", "was changed since")):
+        path.write_bytes(b"drawn by hand")
+        before = everything(out)
+        with numbered(Code.PREDICTED_OTHERWISE, path.name, named):
+            whole.predict(out, images, overwrite=True)
+        assert everything(out) == before
+        path.unlink()
+    (out / "case_02.nii.gz").write_bytes(predicted)
+    whole.predict(out, images, overwrite=True)
+    assert written(out) == {name: expected[name] for name in sorted(expected)[:2]}
+
+
+def test_the_description_of_a_dataset_is_not_replaced_by_the_models(whole: Batch, tmp_path: Path) -> None:
+    dataset = tmp_path / "Dataset001_Liver"
+    images = shutil.copytree(whole.images, dataset / "imagesTs")
+    (dataset / "dataset.json").write_text('{"numTraining": 131}')
+    before = [path.name for path in dataset.iterdir()]
+    for overwrite in (False, True):
+        with numbered(Code.PREDICTED_OTHERWISE, "dataset.json is not the model's"):
+            whole.predict(dataset, images, overwrite=overwrite)
+    assert (dataset / "dataset.json").read_text() == '{"numTraining": 131}'
+    assert [path.name for path in dataset.iterdir()] == before
+
+
+SETTINGS = batch.PredictionSettings(
+    model="m",
+    name="n",
+    folds=("0",),
+    checkpoint="c",
+    mirroring=True,
+    step_size=0.5,
+    probabilities=True,
+    previous_stage=None,
+    channels=1,
+    file_ending=".nii.gz",
+    nnunetv2="2",
+)
+OTHER = SETTINGS.model_copy(update={"model": "other"})
+
+
+def begun(folder: Path) -> batch.Outputs:
+    """A folder in which shard 0 has kept case a."""
+    out = batch.Outputs(folder)
+    out.agree(SETTINGS, False, {}, ["a", "b"])
+    keep(out, "a", b"1")
+    return out
+
+
+def keep(out: batch.Outputs, case: str, content: bytes) -> None:
+    """As a shard does with what it has written."""
+    part = batch.Shard(0, 1)
+    out.partial(part).mkdir(parents=True, exist_ok=True)
+    for ending in (".npz", ".pkl", ".nii.gz"):
+        (out.partial(part) / f"{case}{ending}").write_bytes(content)
+    out.keep(part, case, SETTINGS)
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_prediction_that_a_kill_cut_off_while_it_got_its_name_is_known_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    out, left, real = begun(tmp_path), [renamed], os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if not left[0]:
+            raise SystemExit(137)
+        left[0] -= 1
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(SystemExit):
+            keep(out, "b", b"of one life")
+    drawn = tmp_path / "b.nii.gz"
+    drawn.write_bytes(b"drawn by hand")  # under the name that was noted
+    before = everything(tmp_path)
+    with numbered(Code.PREDICTED_OTHERWISE, "b.nii.gz", "was changed since"):
+        out.agree(OTHER, True, {}, ["a", "b"])
+    assert everything(tmp_path) == before
+    drawn.unlink()
+    with open(tmp_path / ".predict" / "shard-0000-of-0001" / "written.jsonl", "ab") as stream:
+        stream.write(b'{"name": "b.nii')  # and the next life is killed while it notes
+    if renamed == 1:
+        keep(out, "b", b"of the next life")
+    out.agree(OTHER, True, {}, ["a", "b"])
+    assert everything(tmp_path) == {}
+
+
+def test_overwriting_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real, left = begun(tmp_path), Path.unlink, [2]
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise SystemExit(137)
+        left[0] -= 1
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(SystemExit):
+            out.agree(OTHER, True, {}, ["a"])
+    assert len(everything(tmp_path)) == 1
+    out.agree(OTHER, True, {}, ["a"])
+    assert everything(tmp_path) == {}
+    assert out.settings() == OTHER
+
+
+def test_what_a_version_without_notes_has_predicted_is_gone_on_with_and_not_removed(tmp_path: Path) -> None:
+    out = begun(tmp_path)
+    (tmp_path / ".predict" / "shard-0000-of-0001" / "written.jsonl").unlink()
+    before = everything(tmp_path)
+    out.agree(SETTINGS, True, {}, ["a", "b"])
+    with numbered(Code.PREDICTED_OTHERWISE, "a.nii.gz", "not noted"):
+        out.agree(OTHER, True, {}, ["a", "b"])
+    assert everything(tmp_path) == before
+    assert out.settings() == SETTINGS
 
 
 def test_bad_input_is_refused_before_anything_is_written(whole: Batch, tmp_path: Path) -> None:
@@ -406,20 +566,7 @@ def test_of_two_shards_that_end_at_once_the_newer_summary_stays(
     images.mkdir()
     for name in ("a", "b"):
         (images / f"{name}_0000.nii.gz").touch()
-    settings = batch.PredictionSettings(
-        model="m",
-        name="n",
-        folds=("0",),
-        checkpoint="c",
-        mirroring=True,
-        step_size=0.5,
-        probabilities=False,
-        previous_stage=None,
-        channels=1,
-        file_ending=".nii.gz",
-        nnunetv2="2",
-    )
-    out.agree(settings, False, {}, ["a", "b"])
+    out.agree(SETTINGS, False, {}, ["a", "b"])
     for index in (0, 1):
         out.shard(batch.Shard(index, 2)).mkdir()
 

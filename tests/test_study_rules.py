@@ -11,12 +11,20 @@ from pydantic import Field
 
 from federation.errors import Code, FednnunetError
 from federation.layers import kept_local, possible_names
-from federation.study import PATTERNS, Study, parse
+from federation.study import PATTERNS, Study, load, parse
 
 FIVE = [f"site_{number}" for number in range(5)]
 CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a label without a number": (
+        {"labels": {"background": 0, "tumour": 1, "rest": []}},
+        "labels.rest is an empty list: give its number, or the numbers of a region",
+    ),
+    "a label without a number among regions": (
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2, "rest": []}, "regions_class_order": [1, 2]},
+        "labels.rest is an empty list",
+    ),
     "mu below 0": ({"proximal_mu": -0.1}, "proximal_mu: must be at least 0, not -0.1"),
     "a trim of half": ({"aggregation": {"method": "trimmed_mean", "trim": 0.5}}, "aggregation.trim"),
     "a trim that leaves out nobody": (
@@ -145,6 +153,24 @@ def test_every_pattern_of_the_study_has_words() -> None:
     for name, schema in Study.model_json_schema()["properties"].items():
         for kind in (schema, schema.get("items", {}), *schema.get("anyOf", [])):
             assert kind.get("pattern") in (None, *PATTERNS), name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: !!timestamp today", "this is no timestamp.*line 1"),
+        ("name: demo\nrounds: !!int ''", "this is no int.*line 2"),
+        ("name: demo\nrounds: !!bool perhaps", "this is no bool.*line 2"),
+        ("? !!float ''\n: 1", "this is no float.*line 1"),
+        *((opening * 5000, "too deep") for opening in ("[", "{", "- ")),
+    ],
+)
+def test_a_study_file_that_yaml_itself_trips_over_is_refused_by_number(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(FednnunetError, match=f"(?s)study.yaml: .*{said}") as error:
+        load(file)
+    assert error.value.code is Code.STUDY_UNREADABLE
 
 
 def test_asymfedavg_of_one_site_is_refused() -> None:

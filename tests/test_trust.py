@@ -26,7 +26,7 @@ from appliance.link.trust import Trust, allow_rewind
 from appliance.plain_words import in_plain_words
 from appliance.spool import WEIGHTS, Spool
 from appliance.worker import site_report
-from federation import keypairs, signing, tasks, weights
+from federation import enrollment, keypairs, signing, tasks, weights
 from federation.audit import read
 from federation.errors import Code, FednnunetError
 from federation.flower.runner import Answer, Asked
@@ -303,6 +303,19 @@ def test_two_coordinator_keys_are_read_from_one_file_during_a_rotation() -> None
     refused(Code.STATE_NOT_READY, lambda: keypairs.load_private(b"no key", "site.key"))
 
 
+@pytest.mark.parametrize("letters", ["utf-8", "latin-1"])
+def test_a_key_may_have_a_comment_in_any_letters(letters: str) -> None:
+    """ssh-keygen takes the comment from the user's and the machine's names."""
+    public, comment = COORDINATOR.public_key(), "Jürgen@Käthes-Büro".encode(letters)
+    line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    for text in (line + b" " + comment + b"\n", b"# " + comment + b"\n" + pem + b"# " + comment + b"\n"):
+        assert keypairs.load_public(text, "coordinator.pub") == [public]
+        assert enrollment.fingerprint(text) == enrollment.fingerprint(line)
+    damaged = pem.replace(b"BEGIN", b"BEGONE")
+    refused(Code.STATE_NOT_READY, lambda: keypairs.load_public(pem + damaged, "coordinator.pub"))
+
+
 # the policy
 
 
@@ -376,8 +389,51 @@ def test_what_a_later_version_left_here_holds_up_nothing(house: House, caplog: p
         assert house.spool.waiting() == []
     assert [study.name for study, _ in house.approvals.all()] == [a_study().name]
     assert [study.name for study in site_report.studies(house.spool)] == [a_study().name]
-    said = [record.getMessage() for record in caplog.records if "is left where it is" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "is left out: FNU-605" in record.getMessage()]
     assert len([line for line in said if later.id in line]) == len(said) == len({*said})
+
+
+def of_a_later_version(path: Path, *parts: str) -> None:
+    """Write a field that this version does not know into a file, or into a part of it."""
+    value = json.loads(path.read_bytes())
+    inner = value
+    for part in parts:
+        inner = inner[part]
+    inner["of_a_later_version"] = 1
+    path.write_text(json.dumps(value))
+
+
+def test_what_a_later_version_left_of_this_very_study_does_not_hold_it_up(house: House) -> None:
+    """Its id and its tasks' names are the same there: a default that is new is left out of them."""
+    task = a_task()
+    house.approvals.say(task.study, "approved")
+    house.spool.put_task(task, None)
+    stored = house.folder / "studies" / f"{task.study.id}.json"
+    of_a_later_version(stored, "study")
+    of_a_later_version(house.spool.task_parcel(task).body, "study")
+    assert house.spool.waiting() == []
+    house.policy = Policy(studies="approve")
+    house.arrives(signed(task))
+    assert [study.name for study, _ in house.approvals.all()] == [task.study.name], "a person can see it again"
+
+    of_a_later_version(house.spool.result_parcel(task).body)
+    house.arrives(signed(task))
+    assert [line["kind"] for line in house.left] == [task.kind, task.kind]
+    assert [result.answers(task) for result in [house.spool.result(task)] if result] == [True]
+
+
+def test_the_sites_report_leaves_out_what_a_later_version_has_written_of_its_study(house: House) -> None:
+    study = a_study()
+    for kind in (Kind.DESCRIBE, Kind.FINGERPRINT):
+        task = Task(study=study, site=SITE, kind=kind)
+        house.spool.put_task(task, None)
+        house.spool.put_result(task, description(task))
+    first = Task(study=study, site=SITE, kind=Kind.DESCRIBE)
+    of_a_later_version(house.spool.task_parcel(first).body, "study")
+    of_a_later_version(house.spool.result_parcel(first).body)
+    assert site_report.studies(house.spool) == [study]
+    found = site_report.SiteStudy(house.spool, house.folder / "work", study.id)
+    assert [result.kind for result in found.results] == [Kind.FINGERPRINT]
 
 
 @pytest.mark.parametrize(
@@ -510,7 +566,10 @@ def test_the_ledger_is_shown_verified_and_exported_and_a_changed_line_is_found(d
     house.answering = trained
     house.arrives(signed(a_task(Kind.TRAIN)))
     run = lambda *arguments: command(APPLIANCE, "ledger", *arguments, "--config", desk, cwd=tmp_path)  # noqa: E731
-    piped = [row.split("\t") for row in good(run("show")).out.splitlines()]
+    shown = good(run("show"))
+    piped = [row.split("\t") for row in shown.out.splitlines()]
+    assert [len(row) for row in piped] == [10] * (1 + len(house.left)), "a head, and a line for each answer"
+    assert shown.err.startswith("2 answers, ")
     left = house.left[-1]
     digest, size = left["weights_sha256"] or left["body_sha256"], left["body_bytes"] + left["weights_bytes"]
     assert piped[2][1:6] == [a_study().id, "train", "all", "1", "orchestrator:8443"]
@@ -523,10 +582,10 @@ def test_the_ledger_is_shown_verified_and_exported_and_a_changed_line_is_found(d
     other = a_study(name="phantom-2")
     house.arrives(signed(a_task(study=other)))
     for called, answers in ((a_study().name, 2), (a_study().id[:4], 2), (a_study().id, 2), (other.name, 1)):
-        assert f"{answers} answers" in good(run("show", "--study", called)).out, called
+        assert f"{answers} answers" in good(run("show", "--study", called)).err, called
         assert len(good(run("export", "--study", called)).out.splitlines()) == 1 + answers
     (tmp_path / "state" / "link" / "studies" / f"{other.id}.json").unlink()
-    assert "1 answers" in good(run("show", "--study", other.id)).out  # the record stays
+    assert "1 answers" in good(run("show", "--study", other.id)).err  # the record stays
     for subcommand in ("show", "export"):
         unknown = run(subcommand, "--study", a_study().id[:3])
         assert unknown.status == 11, unknown

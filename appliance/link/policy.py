@@ -168,12 +168,20 @@ class Approvals:
         self.folder = folder
 
     def meet(self, study: Study) -> str | None:
-        """What has been said of a study; one that is new is written down as waiting."""
+        """What has been said of a study; one that is new is written down as waiting.
+
+        One that a later version has written down is written anew, so that a person can see and approve it here.
+        """
         path = self._path(study.id)
         if not path.exists():
             self._write(study, None)
             return None
-        said: str | None = files.read_json(path)["said"]
+        entry = files.read_json(path)
+        said: str | None = entry["said"]
+        try:
+            Study.model_validate(entry["study"])
+        except ValidationError:
+            self._write(study, said)
         return said
 
     def say(self, study: Study, said: Literal["approved", "denied"]) -> None:

@@ -64,20 +64,20 @@ class SiteStudy:
     work : Path
         The worker's folder.
     study_id : str
-        The study's id; raises FNU-120 where this site has had no task of it.
+        The study's id; raises FNU-120 where this site has had no task of it that this version understands.
     """
 
     def __init__(self, spool: Spool, work: Path, study_id: str) -> None:
         self._spool = spool
-        bodies = sorted((spool.inbox / study_id).glob("*/task.json"))
-        if not bodies:
+        task = _any_task(spool.inbox / study_id)
+        if task is None:
             raise FednnunetError(Code.STUDY_NOT_FOUND, f"no task of {study_id[:16]} has come here")
-        task = tasks.parse_task(bodies[0].read_bytes())
         self.study, self.site = task.study, task.site
         self.workspace = Workspace(work, task.study)
-        self.results = [
-            tasks.parse_result(path.read_bytes()) for path in sorted((spool.outbox / study_id).glob("*/result.json"))
-        ]
+        self.results: list[tasks.Result] = []
+        for path in sorted((spool.outbox / study_id).glob("*/result.json")):
+            with contextlib.suppress(FednnunetError):  # of a later version that was here before
+                self.results.append(tasks.parse_result(path.read_bytes()))
         self.asked_rounds = {
             fold: len(list((spool.inbox / study_id).glob(f"train-fold_{fold}-*"))) for fold in task.study.folds
         }
@@ -137,14 +137,17 @@ class SiteStudy:
         return {} if examined is None else {**examined.cases, **examined.test_cases}
 
 
+def _any_task(folder: Path) -> tasks.Task | None:
+    """One of the tasks of a study, the first that this version understands; None where there is none."""
+    for body in sorted(folder.glob("*/task.json")):
+        with contextlib.suppress(FednnunetError):
+            return tasks.parse_task(body.read_bytes())
+    return None
+
+
 def studies(spool: Spool) -> list[Study]:
     """Every study that has asked this site something, by its name; none that this version does not understand."""
-    found = []
-    for folder in spool.inbox.iterdir():
-        body = next(iter(sorted(folder.glob("*/task.json"))), None)
-        if body is not None:
-            with contextlib.suppress(FednnunetError):
-                found.append(tasks.parse_task(body.read_bytes()).study)
+    found = [task.study for folder in spool.inbox.iterdir() if (task := _any_task(folder)) is not None]
     return sorted(found, key=lambda study: (study.name, study.id))
 
 
