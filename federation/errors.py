@@ -287,6 +287,12 @@ class Code(Enum):
         "Image and label differ in origin or direction",
         "Look at them in an overlay (nnUNetv2_plot_overlay_pngs); nnU-Net uses the voxels as they lie.",
     )
+    READER_DIFFERS = (
+        226,
+        "dataset.json asks for another reader than the study's",
+        "Agree with the coordinator on overwrite_image_reader_writer in the study: all sites must read alike, for the "
+        "order of the axes is the reader's. Or take it out of dataset.json.",
+    )
 
     # 3xx: planning and preparation
     PLANNING_FAILED = (301, "nnU-Net could not make a plan", "See the reason above; change the planner or its options.")

@@ -57,7 +57,8 @@ def make_plans(
     stub = dict(
         dataset_json,
         dataset=STUB,
-        overwrite_image_reader_writer=_reader_name(study.file_ending, two_dimensional),
+        overwrite_image_reader_writer=study.overwrite_image_reader_writer
+        or _reader_name(study.file_ending, two_dimensional),
     )
     files.write_json(raw / study.dataset / "dataset.json", stub)
     files.write_json(preprocessed / study.dataset / "dataset_fingerprint.json", dict(fingerprint))

@@ -46,6 +46,14 @@ Method = Literal["mean", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "median"
 ADAPTIVE = ("fedadagrad", "fedyogi", "fedadam")
 KRUM = ("krum", "multi_krum")
 CASCADE, LOWRES = "3d_cascade_fullres", "3d_lowres"
+READERS = {
+    "NaturalImage2DIO": (".png", ".bmp", ".tif"),
+    "SimpleITKIO": (".nii.gz", ".nrrd", ".mha", ".gipl"),
+    "Tiff3DIO": (".tif", ".tiff"),
+    "NibabelIO": (".nii", ".nii.gz"),
+    "NibabelIOWithReorient": (".nii", ".nii.gz"),
+}
+"""nnU-Net's readers and what they read (nnunetv2 2.8.1, `LIST_OF_IO_CLASSES`, in its order)."""
 PLANNERS = (
     "ExperimentPlanner",
     "nnUNetPlannerResEncM",
@@ -150,6 +158,13 @@ class Study(BaseModel):
     )
     file_ending: str = Field(
         ".nii.gz", pattern=FILE_ENDING, examples=[".nii.gz"], description="The contract: the images' ending."
+    )
+    overwrite_image_reader_writer: (
+        Literal["NaturalImage2DIO", "SimpleITKIO", "Tiff3DIO", "NibabelIO", "NibabelIOWithReorient"] | None
+    ) = Field(
+        None,
+        description="The contract: nnU-Net's reader, by its key in dataset.json. `NibabelIOWithReorient` turns all "
+        "images into one orientation. Empty: nnU-Net's own for the ending.",
     )
     accept_float_labels: bool = Field(
         False,
@@ -274,8 +289,13 @@ class Study(BaseModel):
 
     @field_validator("channel_names", mode="before")
     @classmethod
-    def _channel_keys_are_text(cls, value: Any) -> Any:
-        return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+    def _channel_keys_are_numbers_in_order(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        named = {str(key): item for key, item in value.items()}
+        if not all(key.isdecimal() for key in named):
+            return named
+        return {key: named[key] for key in sorted(named, key=int)}  # nnU-Net takes their order, not their numbers
 
     @field_validator("fold", mode="before")
     @classmethod
@@ -294,6 +314,9 @@ class Study(BaseModel):
             raise ValueError("labels must hold `background: 0`")
         if empty := [name for name, value in self.labels.items() if value == []]:
             raise ValueError(f"labels.{empty[0]} is an empty list: give its number, or the numbers of a region")
+        reader = self.overwrite_image_reader_writer
+        if reader is not None and self.file_ending.lower() not in READERS[reader]:
+            raise ValueError(f"overwrite_image_reader_writer: {reader} reads no {self.file_ending}")
         if self.has_regions and self.regions_class_order is None:
             raise ValueError("labels hold regions: regions_class_order is needed")
         if "ignore" in self.labels and self.labels["ignore"] != max(self.label_values()):
@@ -405,8 +428,15 @@ class Study(BaseModel):
 
     @property
     def id(self) -> str:
-        """SHA-256 of the canonical JSON of what differs from the defaults, in hex."""
-        return sha256_json(self.model_dump(mode="json", exclude_defaults=True))
+        """SHA-256 of the canonical JSON of what differs from the defaults, in hex.
+
+        With regions the order of the labels is part of the contract (`regions_class_order` counts by it), so labels in
+        another order than that of their names are a list here.
+        """
+        told = self.model_dump(mode="json", exclude_defaults=True)
+        if self.has_regions and list(self.labels) != sorted(self.labels):
+            told["labels"] = list(self.labels.items())
+        return sha256_json(told)
 
     def is_called(self, given: str) -> bool:
         """Whether a person means this study: by its name, or by at least the first four letters of its id."""
@@ -438,6 +468,8 @@ class Study(BaseModel):
         }
         if self.regions_class_order is not None:
             result["regions_class_order"] = self.regions_class_order
+        if self.overwrite_image_reader_writer is not None:
+            result["overwrite_image_reader_writer"] = self.overwrite_image_reader_writer
         return result
 
 

@@ -83,6 +83,20 @@ def make_dataset(folder: Path, study: Study | None = None, cases: int = 5) -> Pa
     return folder
 
 
+def test_all_sites_read_by_one_reader(folder: Path) -> None:
+    """The order of the axes is the reader's: a fingerprint by another one than the plan's would turn the spacing."""
+    turning = make_study(overwrite_image_reader_writer="NibabelIOWithReorient")
+    assert dataset.examine(folder, turning, 1).reader == "NibabelIOWithReorient"
+    assert dataset.dataset_digest(folder, turning) != dataset.dataset_digest(folder, make_study())
+    write_dataset_json(folder, turning, 5)
+    assert dataset.examine(folder, turning, 1).good
+    (problem,) = dataset.examine(folder, make_study(), 1).problems
+    assert (problem.code, problem.file) == (Code.READER_DIFFERS, "dataset.json")
+    assert "NibabelIOWithReorient" in problem.detail
+    write_dataset_json(folder, make_study(), 5, overwrite_image_reader_writer="SimpleITKIO")
+    assert dataset.examine(folder, make_study(), 1).good, "what nnU-Net would take anyway"
+
+
 def findings(examination: dataset.Examination) -> set[tuple[Code, str]]:
     return {(problem.code, problem.file) for problem in examination.problems}
 

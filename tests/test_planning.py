@@ -23,6 +23,7 @@ from federation import study as studies
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint, merge
 from federation.planners import planner_class
+from federation.plans import check_plans
 from federation.study import Study
 from orchestrator import planning
 
@@ -217,6 +218,20 @@ def test_options_of_the_planner_are_honoured(tmp_path: Path) -> None:
     assert planned["plans_name"] == "ourPlans"
     assert planned["configurations"]["3d_fullres"]["spacing"] == [2.0, 2.0, 2.0]
     assert planned["configurations"]["3d_fullres"]["data_identifier"] == "ourPlans_3d_fullres"
+
+
+def test_each_channel_has_its_own_normalisation_also_beyond_ten_and_the_reader_is_the_studys(tmp_path: Path) -> None:
+    names = {str(number): "CT" if number == 2 else f"MR{number}" for number in range(12)}
+    reader = "NibabelIOWithReorient"
+    study = make_study(planner="SmallUNetPlanner", channel_names=names, overwrite_image_reader_writer=reader)
+    images, label = np.random.default_rng(0).normal(100, 10, (12, 32, 32, 32)), np.zeros((1, 32, 32, 32), np.uint8)
+    label[:, 8:20, 8:20, 8:20] = 1
+    cases = [case_statistics(images.astype(np.float32), label, (1.0, 1.0, 1.0))] * 6
+    plans = plan(site_fingerprint(cases, 1), study, tmp_path / "plan").plans
+    schemes = plans["configurations"]["3d_fullres"]["normalization_schemes"]
+    assert schemes == ["CTNormalization" if number == 2 else "ZScoreNormalization" for number in range(12)]
+    assert plans["image_reader_writer"] == reader
+    check_plans(plans, study)
 
 
 def test_a_fingerprint_of_groups_is_planned(tmp_path: Path) -> None:

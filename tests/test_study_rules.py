@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 from commands import fednnunet, good, phantom_study, refused, write_study
 from pydantic import Field
 
+from federation import files
 from federation.errors import Code, FednnunetError
 from federation.layers import kept_local, possible_names
-from federation.study import PATTERNS, Study, load, parse
+from federation.study import PATTERNS, READERS, Study, load, parse
+from orchestrator.journal import Journal, read_study
 
 FIVE = [f"site_{number}" for number in range(5)]
 CASCADE = {"configuration": "3d_cascade_fullres", "previous_stage": "a" * 64}
@@ -171,6 +174,47 @@ def test_a_study_file_that_yaml_itself_trips_over_is_refused_by_number(tmp_path:
     with pytest.raises(FednnunetError, match=f"(?s)study.yaml: .*{said}") as error:
         load(file)
     assert error.value.code is Code.STUDY_UNREADABLE
+
+
+REGIONS: dict[str, Any] = {
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]},
+    "regions_class_order": [1, 2, 3],
+}
+
+
+def test_the_order_of_regions_is_a_part_of_the_study_and_survives_its_journal(tmp_path: Path) -> None:
+    """nnU-Net's regions_class_order counts by the order of the labels."""
+    regions = parse(study(**REGIONS))
+    labels = REGIONS["labels"]
+    turned = parse(study(**{**REGIONS, "labels": dict(sorted(labels.items()))}))
+    assert regions.id != turned.id
+    assert turned.id == files.sha256_json(turned.model_dump(mode="json", exclude_defaults=True)), "as ever"
+    plain = {"background": 0, "b": 1, "a": 2}
+    assert parse(study(labels=plain)).id == parse(study(labels=dict(reversed(plain.items())))).id
+    Journal(tmp_path, regions).close()
+    again = parse(json.loads(read_study(tmp_path / "study.json").model_dump_json()))
+    assert again.id == regions.id
+    assert list(again.dataset_json(1)["labels"]) == list(labels)
+
+
+def test_channels_are_in_the_order_of_their_numbers_whatever_the_file_says() -> None:
+    """nnU-Net takes their order: beyond ten channels text sorts otherwise."""
+    given = {number: f"c{number}" for number in (11, 2, 0, 1, 10, *range(3, 10))}
+    names = parse(study(channel_names=given)).dataset_json(1)["channel_names"]
+    assert list(names.items()) == [(str(number), f"c{number}") for number in range(12)]
+
+
+def test_a_reader_that_does_not_read_the_ending_is_refused() -> None:
+    assert parse(study(overwrite_image_reader_writer="NibabelIOWithReorient")).id != parse(study()).id
+    with pytest.raises(FednnunetError, match=r"Tiff3DIO reads no \.nii\.gz"):
+        parse(study(overwrite_image_reader_writer="Tiff3DIO"))
+
+
+def test_the_readers_are_nnunets() -> None:
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
+    there = {reader.__name__: tuple(reader.supported_file_endings) for reader in LIST_OF_IO_CLASSES}
+    assert list(there.items()) == list(READERS.items())
 
 
 def test_asymfedavg_of_one_site_is_refused() -> None:

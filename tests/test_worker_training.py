@@ -17,6 +17,7 @@ import torch
 from worker_site import Site, initial_weights, make_settings, make_study, prepared_site, shared_site, write_site
 
 from appliance.worker import loop, training
+from appliance.worker.workspace import Workspace
 from federation import files, native, tasks, weights
 from federation.errors import Code, FednnunetError
 
@@ -528,3 +529,20 @@ def test_beside_a_gpu_torch_has_one_thread_where_none_are_asked_for(monkeypatch:
     for device, threads in (("cuda:1", None), ("cuda", 4), ("cpu", None), ("cpu", 2)):
         native.use_threads(torch, device, threads)
     assert asked == [1, 4, 2]
+
+
+def test_preprocessed_cases_are_shared_by_studies_of_the_same_labels_alone(tmp_path: Path) -> None:
+    """Where which label lies is kept with each case, and the plans do not say what the labels are."""
+    shared, plans = shared_site()
+    data = tmp_path / "data"
+    shutil.copytree(shared, data)
+
+    def prepared(**changes: Any) -> int:
+        study = make_study(**changes)
+        files.write_json(data / "dataset.json", study.dataset_json(8))
+        site = Site(make_settings(data, tmp_path / "state"), study, plans)
+        assert site.ask(site.prepare_task()).failure is None
+        return len(list(Workspace(site.settings.work, study).cache.iterdir()))
+
+    regions = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
+    assert [prepared(), prepared(seed=1), prepared(**regions), prepared(**regions, seed=1)] == [1, 1, 2, 2]

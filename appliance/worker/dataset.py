@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -231,6 +232,7 @@ def dataset_digest(folder: Path, study: Study) -> str:
             "labels": study.labels,
             "regions_class_order": study.regions_class_order,
             "file_ending": study.file_ending,
+            "reader": study.overwrite_image_reader_writer,
             "accept_float_labels": study.accept_float_labels,
             "fingerprint_min_cases": study.fingerprint_min_cases,
             "five_folds": _needs_five_folds(study),
@@ -309,10 +311,14 @@ def examine(
     ]
     if jobs:
         images = [path for job in jobs for path in job.case.images]
-        reader = reading.reader_name(dataset_json or {}, ending, images)
+        reader = study.overwrite_image_reader_writer or reading.reader_name(ending, images)
+        asked = (dataset_json or {}).get("overwrite_image_reader_writer", reader)
         if reader is None:
             detail = f"nnU-Net has no reader for {ending}"
             problems.append(Problem(Code.DATASET_JSON_INVALID, "dataset.json", detail))
+        elif asked != reader:
+            detail = f"overwrite_image_reader_writer is {json.dumps(asked)[:60]}, the study reads by {reader}"
+            problems.append(Problem(Code.READER_DIFFERS, "dataset.json", detail))
         else:
             examination.reader = reader
             _fold(jobs, reader, processes, examination, on_progress)

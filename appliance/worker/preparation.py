@@ -92,7 +92,12 @@ def prepare(
     )
     if study.stop_after == "plan":
         return preparation
-    wanted = {"plans_sha256": plan.plans_sha256, "data": digest, "plans_name": plans["plans_name"]}
+    wanted = {
+        "plans_sha256": plan.plans_sha256,
+        "data": digest,
+        "labels": files.sha256_json([list(study.labels.items()), study.regions_class_order]),
+        "plans_name": plans["plans_name"],
+    }
     if study.previous_stage is None:
         _lay_out(plan, settings, workspace, examination, cases, splits, wanted, control)
         return preparation
@@ -122,7 +127,8 @@ def _lay_out(
     if study.configuration == CASCADE:
         configurations.append(LOWRES)
     caches = {
-        configuration: workspace.cache / f"{plan.plans_sha256[:16]}-{configuration}-{wanted['data'][:16]}"
+        configuration: workspace.cache
+        / f"{plan.plans_sha256[:16]}-{configuration}-{wanted['data'][:16]}-{wanted['labels'][:8]}"
         for configuration in configurations
     }
     marker = workspace.preprocessed / "prepared.json"

@@ -81,18 +81,19 @@ def read_cases(jobs: list[Job], reader: str, processes: int) -> Iterator[Found]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def reader_name(dataset_json: dict[str, Any], ending: str, images: list[Path]) -> str | None:
-    """Name of nnU-Net's reader for these images: the one that nnU-Net itself would choose by the first readable one."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+def reader_name(ending: str, images: list[Path]) -> str | None:
+    """Name of nnU-Net's reader for an ending: the first in its list, as in the federation's plan.
 
-    content = {"file_ending": ending}
-    if isinstance(dataset_json.get("overwrite_image_reader_writer"), str):
-        content["overwrite_image_reader_writer"] = dataset_json["overwrite_image_reader_writer"]
-    examples = [str(path) for path in images if path.is_file() and not is_lfs_pointer(path)][:3]
-    for example in [*examples, None]:
-        with contextlib.suppress(RuntimeError), _silence():
-            return str(determine_reader_writer_from_dataset_json(content, example, verbose=False).__name__)
-    return None
+    For an ending that stands for images in two and in three dimensions it is the first that reads these.
+    """
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determine_reader_writer_from_file_ending
+
+    fitting = [reader.__name__ for reader in LIST_OF_IO_CLASSES if ending.lower() in reader.supported_file_endings]
+    if fitting[:1] == ["NaturalImage2DIO"]:
+        for example in [path for path in images if path.is_file() and not is_lfs_pointer(path)][:3]:
+            with contextlib.suppress(RuntimeError), _silence():
+                return str(determine_reader_writer_from_file_ending(ending, str(example), verbose=False).__name__)
+    return fitting[0] if fitting else None
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def find(ids: str, environment: Mapping[str, str] = os.environ) -> Datasets:
             raise FednnunetError(Code.DATASET_JSON_INVALID, f"{matches[0] / 'dataset.json'}: {error}") from error
     if not sites:
         raise FednnunetError(Code.DATASET_ID_UNKNOWN, "no id was given")
-    keys = ("channel_names", "labels", "file_ending", "regions_class_order")
+    keys = ("channel_names", "labels", "file_ending", "regions_class_order", "overwrite_image_reader_writer")
     first, *others = sites
     for other in others:
         for key in keys:
