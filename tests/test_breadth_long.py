@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from in_process import Federation, predict
-from test_breadth import CASES, a_study, check_model, federation, sites  # noqa: F401 - fixtures
+from test_breadth import CASES, a_study, check_model, federation, relabelled, sites  # noqa: F401 - fixtures
 
+from federation import files
 from federation.weights import TensorFile
 
 pytestmark = pytest.mark.long
@@ -42,3 +45,27 @@ def test_five_folds_become_one_ensemble(
         ]
     assert len(set(outcome.exported["weights"].values())) == 5
     assert len(predict(outcome.zip, sites["hospital_a"] / "imagesTs", tmp_path, outcome.study.folds)) == 1
+
+
+def test_hospitals_that_store_their_images_in_other_orientations_read_them_alike(
+    sites: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The thick axis is another one of the array at each site, and the same for nnU-Net's reader that reorients."""
+    turned = relabelled(sites, tmp_path / "raw")
+    for site, axes in (("hospital_a", "LPS"), ("hospital_b", "ASL")):
+        for path in turned[site].rglob("*.nii.gz"):
+            image = sitk.ReadImage(str(path))
+            image.SetSpacing((1.0, 1.0, 2.5))
+            sitk.WriteImage(sitk.DICOMOrient(image, axes), str(path))
+    there = Federation(tmp_path / "federation", turned)
+    study = a_study(overwrite_image_reader_writer="NibabelIOWithReorient", rounds=1)
+    outcome = there.run(study)
+    pooled = files.read_json(outcome.folder / "fingerprint.json")
+    assert {tuple(entry["spacing"]) for entry in pooled["geometry"]} == {(2.5, 1.0, 1.0)}
+    assert outcome.plans["image_reader_writer"] == "NibabelIOWithReorient"
+    (written,) = check_model(outcome, turned, tmp_path / "predicted", {"organ", "lesion"})
+    image = sitk.ReadImage(str(next((turned["hospital_b"] / "imagesTs").glob("*.nii.gz"))))
+    segmentation = sitk.ReadImage(str(written))
+    assert segmentation.GetSize() == image.GetSize()
+    np.testing.assert_allclose(segmentation.GetDirection(), image.GetDirection(), atol=1e-6)
