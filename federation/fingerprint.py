@@ -52,6 +52,8 @@ TRIMMED = 10_000
 """One voxel in this many is winsorised at either end of each case."""
 ROUNDED = 2.0**-30
 """A case's masses are rounded to whole numbers: up to 4096 of them, each by less than 2**-44 of the case."""
+NONZERO_MASK_BELOW = 0.75
+"""nnU-Net's planner has z-scores taken within the nonzero voxels where the median relative size is below this."""
 NOTICEABLE = 0.1
 """Standard deviations by which a percentile may be off before the record says that it can move."""
 
@@ -496,14 +498,23 @@ def _median_relative_size(pooled: SiteFingerprint) -> float:
     return float(np.median(values))
 
 
+def _relative_size_between(pooled: SiteFingerprint) -> tuple[float, float]:
+    """The median relative size is at least the first and less than the second, or both are 1."""
+    counts = [size.count for size in pooled.relative_sizes]
+    lower = np.repeat([size.start for size in pooled.relative_sizes], counts)
+    upper = np.repeat([size.start + size.cells for size in pooled.relative_sizes], counts)
+    upper = np.minimum(upper, RELATIVE_SIZE_CELLS)
+    return float(np.median(lower)) / RELATIVE_SIZE_CELLS, float(np.median(upper)) / RELATIVE_SIZE_CELLS
+
+
 def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
     """How far the plan's numbers can be from those of the same cases without grouping: the study's record.
 
     Each case's spacing and shape lies within `spacing_distance` and `shape_distance` of its group's median. A median
     (and any percentile) moves by no more than the largest move of one of its cases, axis by axis: it is 1-Lipschitz in
     the sup norm. So these distances bound the medians, for any k. The median shape after resampling to the target
-    spacing is bounded by the medians of the smallest and the largest shape that each case can have had. With k = 1
-    spacing and shape are exact.
+    spacing is bounded by the medians of the smallest and the largest shape that each case can have had, the median
+    relative size by those of the lower and of the upper edges of the cells. With k = 1 spacing and shape are exact.
 
     A percentile of the intensities is compared with that over all foreground voxels, each case weighing the same: what
     nnU-Net's sample estimates. Let F be that distribution and W the one of the winsorised voxels. A case's outermost
@@ -518,8 +529,8 @@ def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
     dict
         Plain data: `min_cases`, `groups`, for each axis the median and how far it can move, for each channel the cut
         mass' share (None: not known, taken as half), each percentile and its range (None: open), the channels of which
-        percentile 0.5 or 99.5 can be off by more than NOTICEABLE standard deviations, and whether the decision on the
-        nonzero mask (relative size < 0.75) can turn.
+        percentile 0.5 or 99.5 can be off by more than NOTICEABLE standard deviations, the median relative size and
+        how far it can move, and whether the decision on the nonzero mask (NONZERO_MASK_BELOW) can turn by that.
     """
     counts = [entry.count for entry in pooled.geometry]
     spacings = np.repeat(np.array([entry.spacing for entry in pooled.geometry]), counts, axis=0)
@@ -532,9 +543,7 @@ def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
         largest = (spacings + off_spacing) / np.maximum(target_low, 0) * (shapes + off_shape)
     # rounded as compute_new_shape of nnU-Net rounds; rounding keeps the order, so these stay bounds
     resampled = np.stack([np.median(np.rint(smallest), axis=0), np.median(np.rint(largest), axis=0)])
-    half_cells = [(size.cells - 1) / 2 / RELATIVE_SIZE_CELLS for size in pooled.relative_sizes]
-    off_relative = max(half_cells) + 1 / RELATIVE_SIZE_CELLS
-    relative = _median_relative_size(pooled)
+    relative, (least, most) = _median_relative_size(pooled), _relative_size_between(pooled)
     intensities = _intensity_tolerance(pooled) if pooled.n_cases_with_foreground else {}
     return {
         "min_cases": pooled.min_cases,
@@ -548,10 +557,8 @@ def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
             [value if math.isfinite(value) else None for value in row] for row in resampled.tolist()
         ],
         "median_relative_size": relative,
-        "median_relative_size_moves_at_most": off_relative,
-        "nonzero_mask_decision_can_turn": bool(
-            relative - off_relative < 0.75 <= relative or relative < 0.75 <= relative + off_relative
-        ),
+        "median_relative_size_moves_at_most": max(relative - least, most - relative),
+        "nonzero_mask_decision_can_turn": least < NONZERO_MASK_BELOW < most,
         "intensity_cut": {index: channel.cut for index, channel in intensities.items()},
         "intensity": {index: channel.found for index, channel in intensities.items()},
         "intensity_between": {index: channel.between for index, channel in intensities.items()},

@@ -4,14 +4,19 @@ Rules:
 
 - From the record of federation.fingerprint.plan_tolerance alone, as the journal holds it; of a record that an older
   version has written only what it says.
-- A number that nothing in the study reads is no doubt: nnU-Net clips at the percentiles of CT alone.
+- A number that nothing in the study reads is no doubt: nnU-Net clips at the percentiles of CT alone, and uses the
+  nonzero mask for z-scores alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from federation.fingerprint import NONZERO_MASK_BELOW
 from federation.study import Study
+
+NO_Z_SCORE = ("ct", "nonorm", "rescale_to_0_1", "rgb_to_0_1")
+"""Channel names that nnU-Net normalises otherwise than by z-scores; each other name it does not know is z-scored."""
 
 
 def doubts(study: Study, tolerance: dict[str, Any]) -> list[str]:
@@ -24,11 +29,23 @@ def doubts(study: Study, tolerance: dict[str, Any]) -> list[str]:
     tolerance : dict
         The record.
     """
-    return [
-        _clipping(index, tolerance)
-        for index in tolerance.get("percentiles_can_move", ())
-        if study.channel_names[index].casefold() == "ct"  # as get_normalization_scheme of nnU-Net compares
-    ]
+    names = {index: name.casefold() for index, name in study.channel_names.items()}  # as nnU-Net compares them
+    found = [_clipping(index, tolerance) for index in tolerance.get("percentiles_can_move", ()) if names[index] == "ct"]
+    z_scored = sorted((index for index, name in names.items() if name not in NO_Z_SCORE), key=int)
+    if tolerance.get("nonzero_mask_decision_can_turn") and z_scored:
+        found.append(_mask([f"{index} ({study.channel_names[index]})" for index in z_scored], tolerance))
+    return found
+
+
+def _mask(channels: list[str], tolerance: dict[str, Any]) -> str:
+    relative, off = tolerance["median_relative_size"], tolerance["median_relative_size_moves_at_most"]
+    within = relative < NONZERO_MASK_BELOW
+    return (
+        f"the nonzero mask may be used otherwise than with the same data in one place: the median size after cropping "
+        f"is {relative:.4f} of that before, known to within {off:.4f}, and below {NONZERO_MASK_BELOW} nnU-Net "
+        f"normalises within the nonzero voxels alone. Here it {'does' if within else 'does not'}; there it "
+        f"{'may not' if within else 'may'}. It is so for channel{'s' * (len(channels) > 1)} {', '.join(channels)}."
+    )
 
 
 def _clipping(index: str, tolerance: dict[str, Any]) -> str:

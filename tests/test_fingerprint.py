@@ -414,6 +414,41 @@ def test_a_fingerprint_that_does_not_say_what_was_cut_leaves_the_percentiles_ope
     assert record["percentiles_can_move"] == ["0"]
 
 
+def of_sizes(sizes: list[float], min_cases: int = 1) -> SiteFingerprint:
+    foreground = (channel_statistics(np.array([1, 2, 3, 4], np.float32)),)
+    cases = [CaseStatistics((1.0, 1.0, 1.0), (9, 9, 9), size, foreground) for size in sizes]
+    return site_fingerprint(cases, min_cases)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(st.floats(0.01, 1), st.floats(0.74, 0.76)), min_size=3, max_size=20), min_size=1),
+    st.integers(1, 3),
+)
+def test_a_nonzero_mask_that_turns_is_in_the_record(sites: list[list[float]], min_cases: int) -> None:
+    pooled = merge([of_sizes(sizes, min_cases) for sizes in sites])
+    record, truth = plan_tolerance(pooled), float(np.median(list(itertools.chain(*sites))))
+    ours = to_nnunet(pooled)["median_relative_size_after_cropping"]
+    assert abs(truth - ours) <= record["median_relative_size_moves_at_most"] + 1e-12
+    assert record["nonzero_mask_decision_can_turn"] or (truth < 0.75) == (ours < 0.75)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "min_cases", "turns"),
+    [
+        ([0.7499, 0.7504], 1, True),  # 0.75015, and 0.7495 by the cells
+        ([0.62, 0.64, 0.66, 0.68, 0.72, 0.74, 0.78, 0.98, 0.99, 1.0], 5, True),  # 0.73, and 0.77 by the groups
+        ([0.1, 0.2, 0.3, 0.4, 0.69, *[1.0] * 15], 5, False),  # no group near the median is wide
+        ([0.75, 0.75], 1, False),  # the lower edge of its cell
+        ([0.7499, 0.7499], 1, False),  # all of its cell lies below
+    ],
+)
+def test_the_nonzero_mask_can_turn_where_the_median_lies_about_three_quarters(
+    sizes: list[float], min_cases: int, turns: bool
+) -> None:
+    assert plan_tolerance(of_sizes(sizes, min_cases))["nonzero_mask_decision_can_turn"] is turns
+
+
 def test_the_record_of_an_exact_fingerprint_says_that_nothing_moves() -> None:
     record = plan_tolerance(merge([fingerprint_of(cases) for cases in three_sites(3).values()]))
     assert record["exact_geometry"]

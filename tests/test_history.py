@@ -25,6 +25,7 @@ from federation.audit import Tail
 from federation.fingerprint import plan_tolerance
 from orchestrator.admin.overview import ABSENT, PRESENT
 from orchestrator.admin.progress import plain, scores_table, screen, sparkline
+from orchestrator.doubts import NO_Z_SCORE
 from orchestrator.history import MOST_WARNINGS, History, load, studies
 
 
@@ -90,6 +91,41 @@ def test_who_plans_for_ct_by_small_lesions_is_told_that_its_clipping_can_be_off(
             history.warn("2026-01-01T10:00:00+00:00", "north", f"newer {number}")
         assert len(history.warnings) == MOST_WARNINGS
         assert [one.text for one in history.warnings][:2] == [text, f"newer {2 * MOST_WARNINGS + 1}"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes", "k", "said"),
+    [
+        (["T1"], [0.7499, 0.7504], 1, "Here it does; there it may not. It is so for channel 0 (T1)."),
+        (["T1", "CT", "zscore"], [0.7, 0.82], 2, "Here it does not; there it may. It is so for channels 0 (T1), 2 (zs"),
+        (["T1"], [0.7, 0.72], 1, None),
+        (["CT", "noNorm"], [0.7499, 0.7504], 1, None),
+    ],
+)
+def test_a_nonzero_mask_that_can_turn_is_told_where_something_is_z_scored(
+    tmp_path: Path, channels: list[str], sizes: list[float], k: int, said: str | None
+) -> None:
+    written = Written(tmp_path, channel_names=dict(enumerate(channels)))
+    cases = [CaseStatistics((1.0, 1.0, 1.0), (9, 9, 9), size, ()) for size in sizes]
+    written.write("pooled", sha256="f" * 64, tolerance=plan_tolerance(site_fingerprint(cases, k)))
+    if said is None:
+        assert of_the_plan(written) == []
+    else:
+        (text,) = of_the_plan(written)
+        assert text.startswith("the nonzero mask may be used otherwise than with the same data in one place")
+        assert said in text
+
+
+def test_what_is_z_scored_is_what_nnunet_z_scores() -> None:
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
+        channel_name_to_normalization_mapping,
+    )
+
+    masked = {
+        name: scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
+        for name, scheme in channel_name_to_normalization_mapping.items()
+    }
+    assert sorted(name for name, used in masked.items() if not used) == sorted(NO_Z_SCORE)
 
 
 def test_a_record_of_an_older_version_and_one_without_foreground_are_read(tmp_path: Path) -> None:
