@@ -7,7 +7,8 @@ Rules:
 - The target is nnU-Net's own: each case that has foreground counts the same in the intensity statistics
   (DatasetFingerprintExtractor draws the same number of voxels from each).
 - No minimum and no maximum leaves a site. The outermost voxels of each case (1 in 10,000 at either end, at least one)
-  are counted at the value next to them before anything is binned.
+  are counted at the value next to them before anything is binned. How much of all cases' mass that is (`cut`) goes
+  with the sums, rounded up, so that the record can say how far it moves a percentile.
 - Intensities lie on a dyadic grid: a piece covers `cells` cells of width 2**exponent from `start` on and carries a
   whole number of mass, MASS for each case. Histograms of different exponents stand side by side when merged.
 - With `min_cases` k > 1 nothing finer than k cases leaves: cases are put into groups of at least k, each shown by its
@@ -25,8 +26,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +50,12 @@ MAX_CHANNELS = 64
 MAX_INTENSITY = 2.0**130
 TRIMMED = 10_000
 """One voxel in this many is winsorised at either end of each case."""
+ROUNDED = 2.0**-30
+"""A case's masses are rounded to whole numbers: up to 4096 of them, each by less than 2**-44 of the case."""
+NONZERO_MASK_BELOW = 0.75
+"""nnU-Net's planner has z-scores taken within the nonzero voxels where the median relative size is below this."""
+NOTICEABLE = 0.1
+"""Standard deviations by which a percentile may be off before the record says that it can move."""
 
 _DYADIC = r"^(0|-?[1-9][0-9]{0,219})/2\^(0|[1-9][0-9]{0,2})$"
 _Dyadic = Annotated[str, Field(max_length=230, pattern=_DYADIC)]
@@ -58,6 +66,7 @@ _Cases = Annotated[int, Field(ge=1, le=MAX_CASES)]
 _Start = Annotated[int, Field(ge=-(2**52), le=2**52)]
 _Cells = Annotated[int, Field(ge=1, le=2**52)]
 _Mass = Annotated[int, Field(ge=1, le=MASS * MAX_CASES)]
+_Cut = Annotated[int, Field(ge=0, le=MASS * MAX_CASES)]
 Triple = tuple[float, float, float]
 
 
@@ -150,6 +159,11 @@ class Channel(_Part):
     sum_of_means: _Dyadic = Field(description="Sum over cases of the case's mean; exact.")
     sum_of_squares: _Dyadic = Field(description="Sum over cases of the case's mean of x**2; exact.")
     histogram: tuple[Grid, ...] = Field(max_length=MAX_EXPONENT - MIN_EXPONENT + 1)
+    cut: _Cut | None = Field(
+        None,
+        description="Mass at either end, over all cases, that is counted further inside than it lies; rounded up. "
+        "None: not known; a site of an older version did not say it.",
+    )
 
     @field_validator("sum_of_means", "sum_of_squares")
     @classmethod
@@ -223,6 +237,8 @@ class SiteFingerprint(_Part):
         for channel in self.channels:
             if channel.mass != foreground * MASS:
                 raise ValueError("a histogram does not hold MASS for each case with foreground")
+            if channel.cut is not None and 2 * channel.cut > channel.mass:
+                raise ValueError("more than half of the mass is cut")
             first, second = dyadic_from_text(channel.sum_of_means), dyadic_from_text(channel.sum_of_squares)
             if abs(first) > foreground * Fraction(MAX_INTENSITY) or second * foreground < first * first:
                 raise ValueError("moments that no image can have")
@@ -322,7 +338,14 @@ def _merge_channels(channels: Sequence[Channel]) -> Channel:
         sum_of_means=dyadic_to_text(means),
         sum_of_squares=dyadic_to_text(squares),
         histogram=tuple(grid_of(exponent, pieces) for exponent, pieces in sorted(grids.items())),
+        cut=_sum_of_known([channel.cut for channel in channels]),
     )
+
+
+def _sum_of_known(cuts: Sequence[int | None]) -> int | None:
+    """Their sum; None where one of them is not known."""
+    known = [cut for cut in cuts if cut is not None]
+    return sum(known) if len(known) == len(cuts) else None
 
 
 def grid_of(exponent: int, pieces: dict[tuple[int, int], int]) -> Grid:
@@ -351,10 +374,11 @@ def moments(pooled: SiteFingerprint, channel: int) -> tuple[float, float]:
 
 
 def percentiles(pooled: SiteFingerprint, channel: int, q: Sequence[float]) -> list[float]:
-    """Percentiles of one channel's foreground intensities, from the pooled histogram.
+    """Percentiles of one channel's winsorised foreground intensities, from the pooled histogram.
 
     The pooled distribution function is the sum of the pieces' (each spread evenly over its cells), inverted. Where
-    it is flat at the wanted height, the middle of the flat part is taken, as between two samples.
+    it is flat at the wanted height, the middle of the flat part is taken, as between two samples. How far they may be
+    from those of the voxels as they were is the matter of `plan_tolerance`.
 
     Parameters
     ----------
@@ -474,21 +498,39 @@ def _median_relative_size(pooled: SiteFingerprint) -> float:
     return float(np.median(values))
 
 
+def _relative_size_between(pooled: SiteFingerprint) -> tuple[float, float]:
+    """The median relative size is at least the first and less than the second, or both are 1."""
+    counts = [size.count for size in pooled.relative_sizes]
+    lower = np.repeat([size.start for size in pooled.relative_sizes], counts)
+    upper = np.repeat([size.start + size.cells for size in pooled.relative_sizes], counts)
+    upper = np.minimum(upper, RELATIVE_SIZE_CELLS)
+    return float(np.median(lower)) / RELATIVE_SIZE_CELLS, float(np.median(upper)) / RELATIVE_SIZE_CELLS
+
+
 def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
     """How far the plan's numbers can be from those of the same cases without grouping: the study's record.
 
     Each case's spacing and shape lies within `spacing_distance` and `shape_distance` of its group's median. A median
     (and any percentile) moves by no more than the largest move of one of its cases, axis by axis: it is 1-Lipschitz in
     the sup norm. So these distances bound the medians, for any k. The median shape after resampling to the target
-    spacing is bounded by the medians of the smallest and the largest shape that each case can have had, and a
-    percentile of the intensities by the percentiles of the pieces' lower and upper edges. With k = 1 spacing and
-    shape are exact, and the percentiles lie within a piece (1/2048 of a site's range).
+    spacing is bounded by the medians of the smallest and the largest shape that each case can have had, the median
+    relative size by those of the lower and of the upper edges of the cells. With k = 1 spacing and shape are exact.
+
+    A percentile of the intensities is compared with that over all foreground voxels, each case weighing the same: what
+    nnU-Net's sample estimates. Let F be that distribution and W the one of the winsorised voxels. A case's outermost
+    voxels are moved inwards, a share c of all mass at either end and never more than half of a case, so that W(x) is
+    at least F(x) - c and 2 F(x) - 1, and at most F(x) + c and 2 F(x). The percentile q therefore lies between those of
+    W at max(q - c, 2 q - 1) and at min(q + c, 2 q). These are bounded by the pieces' lower and upper edges, and a flat
+    part is taken with both its ends. Where W has no such percentile the end is open: None. In cases of many voxels c
+    is about 1/10,000; in one of 12 it is 1/12, and its percentile 0.5 is open.
 
     Returns
     -------
     dict
-        Plain data: `min_cases`, `groups`, for each axis the median and how far it can move, for each channel the range
-        of each percentile, and whether the decision on the nonzero mask (relative size < 0.75) can turn.
+        Plain data: `min_cases`, `groups`, for each axis the median and how far it can move, for each channel the cut
+        mass' share (None: not known, taken as half), each percentile and its range (None: open), the channels of which
+        percentile 0.5 or 99.5 can be off by more than NOTICEABLE standard deviations, the median relative size and
+        how far it can move, and whether the decision on the nonzero mask (NONZERO_MASK_BELOW) can turn by that.
     """
     counts = [entry.count for entry in pooled.geometry]
     spacings = np.repeat(np.array([entry.spacing for entry in pooled.geometry]), counts, axis=0)
@@ -501,17 +543,8 @@ def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
         largest = (spacings + off_spacing) / np.maximum(target_low, 0) * (shapes + off_shape)
     # rounded as compute_new_shape of nnU-Net rounds; rounding keeps the order, so these stay bounds
     resampled = np.stack([np.median(np.rint(smallest), axis=0), np.median(np.rint(largest), axis=0)])
-    half_cells = [(size.cells - 1) / 2 / RELATIVE_SIZE_CELLS for size in pooled.relative_sizes]
-    off_relative = max(half_cells) + 1 / RELATIVE_SIZE_CELLS
-    relative = _median_relative_size(pooled)
-    channels = {}
-    if pooled.n_cases_with_foreground:
-        for index, channel in enumerate(pooled.channels):
-            lower, upper, mass = channel.columns()
-            channels[str(index)] = {
-                name: [_weighted_quantile(lower, mass, q), _weighted_quantile(upper, mass, q)]
-                for name, q in (("percentile_00_5", 0.005), ("median", 0.5), ("percentile_99_5", 0.995))
-            }
+    relative, (least, most) = _median_relative_size(pooled), _relative_size_between(pooled)
+    intensities = _intensity_tolerance(pooled) if pooled.n_cases_with_foreground else {}
     return {
         "min_cases": pooled.min_cases,
         "groups": len(pooled.geometry),
@@ -524,16 +557,59 @@ def plan_tolerance(pooled: SiteFingerprint) -> dict[str, Any]:
             [value if math.isfinite(value) else None for value in row] for row in resampled.tolist()
         ],
         "median_relative_size": relative,
-        "median_relative_size_moves_at_most": off_relative,
-        "nonzero_mask_decision_can_turn": bool(
-            relative - off_relative < 0.75 <= relative or relative < 0.75 <= relative + off_relative
-        ),
-        "intensity_between": channels,
+        "median_relative_size_moves_at_most": max(relative - least, most - relative),
+        "nonzero_mask_decision_can_turn": least < NONZERO_MASK_BELOW < most,
+        "intensity_cut": {index: channel.cut for index, channel in intensities.items()},
+        "intensity": {index: channel.found for index, channel in intensities.items()},
+        "intensity_between": {index: channel.between for index, channel in intensities.items()},
+        "percentiles_can_move": [index for index, channel in intensities.items() if channel.can_move],
     }
 
 
-def _weighted_quantile(values: NDArray[np.float64], mass: NDArray[np.float64], q: float) -> float:
+@dataclass(frozen=True)
+class _Intensities:
+    """One channel's part of the record, by the name of the percentile."""
+
+    cut: float | None
+    found: dict[str, float]
+    between: dict[str, list[float | None]]
+    can_move: bool
+
+
+def _intensity_tolerance(pooled: SiteFingerprint) -> dict[str, _Intensities]:
+    names = {"percentile_00_5": 0.005, "median": 0.5, "percentile_99_5": 0.995}
+    result = {}
+    for index, channel in enumerate(pooled.channels):
+        cut = None if channel.cut is None else channel.cut / channel.mass
+        values = percentiles(pooled, index, [100 * q for q in names.values()])
+        found = dict(zip(names, values, strict=True))
+        between = {name: _percentile_between(channel, q, cut, found[name]) for name, q in names.items()}
+        _, std = moments(pooled, index)
+        can_move = std > 0 and any(
+            bound is None or abs(bound - found[name]) > NOTICEABLE * std
+            for name in ("percentile_00_5", "percentile_99_5")
+            for bound in between[name]
+        )
+        result[str(index)] = _Intensities(cut, found, between, can_move)
+    return result
+
+
+def _percentile_between(channel: Channel, q: float, cut: float | None, found: float) -> list[float | None]:
+    """Bounds of the percentile at height `q` of the voxels as they were; `found`, ours, always lies within."""
+    lower, upper, mass = channel.columns()
+    share = 0.5 if cut is None else cut
+    least, most = max(q - share, 2 * q - 1) - ROUNDED, min(q + share, 2 * q) + ROUNDED
+    return [
+        min(_weighted_quantile(lower, mass, least, "left"), found) if least > 0 else None,
+        max(_weighted_quantile(upper, mass, most, "right"), found) if most < 1 else None,
+    ]
+
+
+def _weighted_quantile(
+    values: NDArray[np.float64], mass: NDArray[np.float64], q: float, side: Literal["left", "right"]
+) -> float:
+    """The first value whose cumulated mass reaches (`left`) or exceeds (`right`) the share `q`."""
     order = np.argsort(values, kind="stable")
     heights = np.cumsum(mass[order])
-    place = int(np.searchsorted(heights, q * heights[-1], side="left"))
+    place = int(np.searchsorted(heights, q * heights[-1], side=side))
     return float(values[order][min(place, len(values) - 1)])

@@ -20,6 +20,7 @@ from federation.audit import Tail
 from federation.errors import Code, FednnunetError
 from federation.readable import moment
 from federation.study import Study
+from orchestrator.doubts import doubts
 
 PHASES = (
     "enrolling",
@@ -140,11 +141,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that a person should know: when, which site (or "", the orchestrator), what."""
+    """Something that a person should know: when, which site (or "", the orchestrator), what.
+
+    A `lasting` one is true of the whole study, and does not give way to newer ones.
+    """
 
     at: str
     site: str
     text: str
+    lasting: bool = False
 
 
 @dataclass
@@ -210,6 +215,8 @@ class History:
                 self._failed(site, line)
             case "pooled":
                 self.pooled = line
+                for text in doubts(self.study, line.get("tolerance", {})):
+                    self.warn(at, "", text, lasting=True)
             case "planned":
                 self.plans_sha256 = line["plans_sha256"]
             case "layers":
@@ -281,10 +288,11 @@ class History:
             self.sites[name].missed += 1
             self.warn(one.at, name, f"round {one.round} of fold {one.fold} went on without it: {why}")
 
-    def warn(self, at: str, site: str, text: str) -> None:
-        """Keep a warning; of very many the newest."""
-        self.warnings.append(Warned(at, site, text))
-        del self.warnings[:-MOST_WARNINGS]
+    def warn(self, at: str, site: str, text: str, lasting: bool = False) -> None:
+        """Keep a warning; of very many the newest, and those that last."""
+        self.warnings.append(Warned(at, site, text, lasting))
+        if len(self.warnings) > MOST_WARNINGS:
+            self.warnings.remove(next(one for one in self.warnings if not one.lasting))
 
     @property
     def done_rounds(self) -> int:

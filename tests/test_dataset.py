@@ -204,6 +204,19 @@ def test_a_damaged_cache_is_no_cache(folder: Path, tmp_path: Path) -> None:
     assert dataset.load(tmp_path / "cache") is None
 
 
+def test_a_cache_that_does_not_say_what_was_cut_is_read_anew(folder: Path, tmp_path: Path) -> None:
+    """As an older version has written it: the percentiles' bounds would have to be taken for unknown."""
+    first = dataset.examine_once(folder, make_study(), 1, tmp_path / "cache")
+    stored = json.loads((tmp_path / "cache" / dataset.FILE).read_text())
+    for channel in stored["statistics"]["channels"]:
+        del channel["cut"]
+    (tmp_path / "cache" / dataset.FILE).write_text(json.dumps(stored))
+    reads: list[int] = []
+    again = dataset.examine_once(folder, make_study(), 1, tmp_path / "cache", lambda done, _: reads.append(done))
+    assert reads != []
+    assert again.fingerprint(1) == first.fingerprint(1)
+
+
 def test_two_channels_are_read_as_one_case(tmp_path: Path) -> None:
     study = make_study(channel_names={"0": "T1", "1": "T2"})
     examination = dataset.examine(make_dataset(tmp_path / "d", study), study, 1)

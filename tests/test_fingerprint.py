@@ -259,7 +259,20 @@ def test_nothing_but_sums_and_counts_is_in_the_message() -> None:
         "relative_sizes",
         "channels",
     }
-    assert set(message["channels"][0]) == {"sum_of_means", "sum_of_squares", "histogram"}
+    assert set(message["channels"][0]) == {"sum_of_means", "sum_of_squares", "histogram", "cut"}
+
+
+def test_the_cut_mass_bounds_every_case_and_tells_the_voxels_of_none() -> None:
+    told = {}
+    for voxels in (90, 100, 120, 127, 20_000):
+        channel = site_fingerprint(statistics_of(list(range(voxels))), 1).channels[0]
+        assert channel.cut is not None
+        told[voxels] = channel.cut / MASS
+        assert max(1, voxels // 10_000) / voxels <= told[voxels] <= 1.5 * max(1, voxels // 10_000) / voxels
+    assert told[90] == told[100] == told[120] == told[127]
+    assert site_fingerprint(statistics_of([5.0], [7.0]), 1).channels[0].cut == 0, "nothing lies further inside"
+    for cases in (1, 5):  # five halves would be rounded up to three, more than there can be
+        assert site_fingerprint(statistics_of(*[[1.0, 9.0]] * cases), 1).channels[0].cut == cases * MASS // 2
 
 
 def test_a_channel_of_continuous_intensities_stays_small() -> None:
@@ -310,6 +323,130 @@ def test_the_record_bounds_how_far_grouping_moves_the_medians(rows: list[Any], m
     low, high = record["median_resampled_shape_between"]
     assert all(size >= least - 1e-6 for size, least in zip(resampled, low, strict=True))
     assert all(most is None or size <= most + 1e-6 for size, most in zip(resampled, high, strict=True))
+
+
+PERCENTILES = {"percentile_00_5": 0.5, "median": 50.0, "percentile_99_5": 99.5}
+
+
+def holds(between: list[float | None], value: float) -> bool:
+    low, high = between
+    return (low is None or low <= value) and (high is None or value <= high)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.lists(st.one_of(values, st.integers(-3, 3).map(float)), min_size=1, max_size=30), min_size=3, max_size=9
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(1, 3),
+)
+def test_the_record_bounds_the_percentiles_of_the_voxels_as_they_were(
+    sites: list[list[list[float]]], min_cases: int
+) -> None:
+    pooled = merge([site_fingerprint(statistics_of(*cases), min_cases) for cases in sites])
+    record = plan_tolerance(pooled)
+    cases = [[float(np.float32(value)) for value in case] for case in itertools.chain(*sites)]
+    weighted = sorted((value, Fraction(1, len(case) * len(cases))) for case in cases for value in case)
+    heights = list(itertools.accumulate(weight for _, weight in weighted))
+    for (name, q), ours in zip(PERCENTILES.items(), percentiles(pooled, 0, list(PERCENTILES.values())), strict=True):
+        between = record["intensity_between"]["0"][name]
+        wanted = Fraction(q) / 100
+        first = next(value for (value, _), height in zip(weighted, heights, strict=True) if height >= wanted)
+        last = next(value for (value, _), height in zip(weighted, heights, strict=True) if height > wanted)
+        assert record["intensity"]["0"][name] == ours
+        assert holds(between, ours), "our own"
+        assert holds(between, first), "that of the voxels as they were"
+        assert holds(between, last), "and the other end of a flat part"
+
+
+@pytest.mark.parametrize(("voxels", "moves"), [(6, True), (12, True), (30, True), (100, True), (5000, False)])
+def test_the_record_tells_where_small_lesions_move_the_percentiles(voxels: int, moves: bool) -> None:
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    random = np.random.default_rng(0)
+    cases, centrally = [], []
+    for _ in range(40):
+        image, label = np.full((1, 1, 80, 80), -800, np.float32), np.zeros((1, 1, 80, 80), np.uint8)
+        label.reshape(-1)[:voxels] = 1
+        image.reshape(-1)[:voxels] = random.normal(40 + random.normal(0, 20), 90, voxels).round()
+        cases.append((image, label, (1.0, 1.0, 1.0)))
+        collect = DatasetFingerprintExtractor.collect_foreground_intensities
+        centrally.append(collect(label, image, num_samples=50_000)[0][0])
+    pooled = fingerprint_of(cases)
+    record = plan_tolerance(pooled)
+    told = to_nnunet(pooled)["foreground_intensity_properties_per_channel"]["0"]
+    for name, q in PERCENTILES.items():
+        assert holds(record["intensity_between"]["0"][name], told[name])
+        assert holds(record["intensity_between"]["0"][name], float(np.percentile(np.concatenate(centrally), q)))
+    assert record["percentiles_can_move"] == (["0"] if moves else [])
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_record_holds_both_ends_of_a_flat_part_and_our_middle_between_them() -> None:
+    pooled = site_fingerprint(statistics_of([-5.0], *[[0.0]] * 198, [5.0]), 1)  # one case in 200 is 0.5 %
+    between = plan_tolerance(pooled)["intensity_between"]["0"]
+    ours = percentiles(pooled, 0, (0.5, 99.5))
+    assert ours == pytest.approx([-2.5, 2.5], abs=0.01)
+    assert all(holds(between["percentile_00_5"], value) for value in (-5.0, ours[0], 0.0))
+    assert all(holds(between["percentile_99_5"], value) for value in (0.0, ours[1], 5.0))
+
+
+def test_a_constant_channel_does_not_move() -> None:
+    record = plan_tolerance(site_fingerprint(statistics_of([7.25] * 5, [7.25] * 9), 1))
+    assert record["percentiles_can_move"] == []
+
+
+def test_a_fingerprint_that_does_not_say_what_was_cut_leaves_the_percentiles_open() -> None:
+    """From a site of an older version: a study that was under way when the orchestrator was changed."""
+    new = fingerprint_of(three_sites(3)["b"])
+    message = json.loads(fingerprint_of(three_sites(3)["a"]).model_dump_json())
+    del message["channels"][0]["cut"]
+    old = SiteFingerprint.model_validate_json(json.dumps(message))
+    assert merge([new, new]).channels[0].cut == 2 * (new.channels[0].cut or 0) > 0
+    record = plan_tolerance(merge([new, old]))
+    assert record["intensity_cut"] == {"0": None}
+    assert record["intensity_between"]["0"]["percentile_00_5"][0] is None
+    assert record["intensity_between"]["0"]["percentile_99_5"][1] is None
+    assert record["percentiles_can_move"] == ["0"]
+
+
+def of_sizes(sizes: list[float], min_cases: int = 1) -> SiteFingerprint:
+    foreground = (channel_statistics(np.array([1, 2, 3, 4], np.float32)),)
+    cases = [CaseStatistics((1.0, 1.0, 1.0), (9, 9, 9), size, foreground) for size in sizes]
+    return site_fingerprint(cases, min_cases)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(st.floats(0.01, 1), st.floats(0.74, 0.76)), min_size=3, max_size=20), min_size=1),
+    st.integers(1, 3),
+)
+def test_a_nonzero_mask_that_turns_is_in_the_record(sites: list[list[float]], min_cases: int) -> None:
+    pooled = merge([of_sizes(sizes, min_cases) for sizes in sites])
+    record, truth = plan_tolerance(pooled), float(np.median(list(itertools.chain(*sites))))
+    ours = to_nnunet(pooled)["median_relative_size_after_cropping"]
+    assert abs(truth - ours) <= record["median_relative_size_moves_at_most"] + 1e-12
+    assert record["nonzero_mask_decision_can_turn"] or (truth < 0.75) == (ours < 0.75)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "min_cases", "turns"),
+    [
+        ([0.7499, 0.7504], 1, True),  # 0.75015, and 0.7495 by the cells
+        ([0.62, 0.64, 0.66, 0.68, 0.72, 0.74, 0.78, 0.98, 0.99, 1.0], 5, True),  # 0.73, and 0.77 by the groups
+        ([0.1, 0.2, 0.3, 0.4, 0.69, *[1.0] * 15], 5, False),  # no group near the median is wide
+        ([0.75, 0.75], 1, False),  # the lower edge of its cell
+        ([0.7499, 0.7499], 1, False),  # all of its cell lies below
+    ],
+)
+def test_the_nonzero_mask_can_turn_where_the_median_lies_about_three_quarters(
+    sizes: list[float], min_cases: int, turns: bool
+) -> None:
+    assert plan_tolerance(of_sizes(sizes, min_cases))["nonzero_mask_decision_can_turn"] is turns
 
 
 def test_the_record_of_an_exact_fingerprint_says_that_nothing_moves() -> None:
@@ -403,6 +540,9 @@ HOSTILE = {
     "power out of range": set_at("channels", 0, "sum_of_means", to="1/2^900"),
     "other spelling": set_at("channels", 0, "sum_of_means", to="2/2^1"),
     "ordinary fraction": set_at("channels", 0, "sum_of_means", to="1/3"),
+    "cut negative": set_at("channels", 0, "cut", to=-1),
+    "cut absurd": set_at("channels", 0, "cut", to=10**40),
+    "cut more than half": set_at("channels", 0, "cut", to=3 * MASS // 2 + 1),
     "moments no image can have": set_at("channels", 0, "sum_of_squares", to="0/2^0"),
     "moments beyond float32": set_at("channels", 0, "sum_of_squares", to="1" * 210 + "/2^0"),
 }
@@ -438,7 +578,7 @@ def test_fingerprints_of_the_largest_sites_can_be_merged() -> None:
         message.update(n_cases=MAX_SITE_CASES, n_cases_with_foreground=0)
         for part in ("geometry", "relative_sizes"):
             message[part] = [{**message[part][0], "count": MAX_SITE_CASES}]
-        message["channels"][0].update(sum_of_means="0/2^0", sum_of_squares="0/2^0", histogram=[])
+        message["channels"][0].update(sum_of_means="0/2^0", sum_of_squares="0/2^0", histogram=[], cut=0)
 
     largest = SiteFingerprint.model_validate_json(altered(change))
     check(largest, 1, 1)

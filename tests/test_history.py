@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import select
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from commands import FEDNNUNET, begin, end, fednnunet, good, refused, wait_for, write_study
 from journals import SITES, Written
 from rich.console import Console
 
+from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
 from federation import files
 from federation.audit import Tail
+from federation.fingerprint import plan_tolerance
 from orchestrator.admin.overview import ABSENT, PRESENT
 from orchestrator.admin.progress import plain, scores_table, screen, sparkline
-from orchestrator.history import History, load, studies
+from orchestrator.doubts import NO_Z_SCORE
+from orchestrator.history import MOST_WARNINGS, History, load, studies
 
 
 @pytest.fixture
@@ -50,6 +56,97 @@ def test_a_history_adds_up_sites_rounds_phases_and_warnings(whole: Written) -> N
     assert [one.site for one in history.warnings] == ["south", "south"]
     assert north.scores["all"]["test"]["organ"]["mean"] == 0.9
     assert history.memory == 10**8
+
+
+def small_lesions(voxels: int) -> dict[str, Any]:
+    """The record of a study over cases with so many voxels of foreground."""
+    random = np.random.default_rng(0)
+    channels = [channel_statistics(random.normal(40, 90, voxels).astype(np.float32)) for _ in range(40)]
+    cases = [CaseStatistics((1.0, 1.0, 1.0), (64, 64, 64), 1.0, (channel,)) for channel in channels]
+    return plan_tolerance(site_fingerprint(cases, 1))
+
+
+def of_the_plan(written: Written) -> list[str]:
+    """The warnings that no site has caused."""
+    return [one.text for one in load(written.folder).warnings if not one.site]
+
+
+@pytest.mark.parametrize(
+    ("channel", "voxels", "warned"), [("CT", 100, True), ("ct", 12, True), ("CT", 5000, False), ("T1", 12, False)]
+)
+def test_who_plans_for_ct_by_small_lesions_is_told_that_its_clipping_can_be_off(
+    tmp_path: Path, channel: str, voxels: int, warned: bool
+) -> None:
+    written = Written(tmp_path, channel_names={0: channel})
+    written.write("pooled", sha256="f" * 64, tolerance=json.loads(json.dumps(small_lesions(voxels))))
+    assert len(of_the_plan(written)) == warned
+    if warned:
+        (text,) = of_the_plan(written)
+        assert text.startswith("channel 0 (CT) may be clipped elsewhere than with the same data in one place")
+        assert re.search(r"here -\d+(\.\d+)? \(there anything up to -\d+(\.\d+)?\) and \d", text), text
+        history = load(written.folder)
+        assert "channel 0 (CT) may be clipped elsewhere" in shown(screen(history), 120)
+        assert plain(history, list(Tail(written.folder / "journal.jsonl").lines())[-1]) == text
+        for number in range(3 * MOST_WARNINGS):
+            history.warn("2026-01-01T10:00:00+00:00", "north", f"newer {number}")
+        assert len(history.warnings) == MOST_WARNINGS
+        assert [one.text for one in history.warnings][:2] == [text, f"newer {2 * MOST_WARNINGS + 1}"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes", "k", "said"),
+    [
+        (["T1"], [0.7499, 0.7504], 1, "Here it does; there it may not. It is so for channel 0 (T1)."),
+        (["T1", "CT", "zscore"], [0.7, 0.82], 2, "Here it does not; there it may. It is so for channels 0 (T1), 2 (zs"),
+        (["T1"], [0.7, 0.72], 1, None),
+        (["CT", "noNorm"], [0.7499, 0.7504], 1, None),
+    ],
+)
+def test_a_nonzero_mask_that_can_turn_is_told_where_something_is_z_scored(
+    tmp_path: Path, channels: list[str], sizes: list[float], k: int, said: str | None
+) -> None:
+    written = Written(tmp_path, channel_names=dict(enumerate(channels)))
+    cases = [CaseStatistics((1.0, 1.0, 1.0), (9, 9, 9), size, ()) for size in sizes]
+    written.write("pooled", sha256="f" * 64, tolerance=plan_tolerance(site_fingerprint(cases, k)))
+    if said is None:
+        assert of_the_plan(written) == []
+    else:
+        (text,) = of_the_plan(written)
+        assert text.startswith("the nonzero mask may be used otherwise than with the same data in one place")
+        assert said in text
+
+
+def test_what_is_z_scored_is_what_nnunet_z_scores() -> None:
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
+        channel_name_to_normalization_mapping,
+    )
+
+    masked = {
+        name: scheme.leaves_pixels_outside_mask_at_zero_if_use_mask_for_norm_is_true
+        for name, scheme in channel_name_to_normalization_mapping.items()
+    }
+    assert sorted(name for name, used in masked.items() if not used) == sorted(NO_Z_SCORE)
+
+
+def test_a_record_of_an_older_version_and_one_without_foreground_are_read(tmp_path: Path) -> None:
+    written = Written(tmp_path, channel_names={0: "CT"})
+    record = small_lesions(12)
+    for name in ("percentiles_can_move", "intensity", "intensity_cut"):
+        del record[name]
+    written.write("pooled", sha256="f" * 64, tolerance=record)
+    written.write("pooled", sha256="f" * 64)
+    empty = site_fingerprint([CaseStatistics((1.0, 1.0, 1.0), (9, 9, 9), 1.0, ())], 1)
+    written.write("pooled", sha256="f" * 64, tolerance=plan_tolerance(empty))
+    assert of_the_plan(written) == []
+
+
+def test_the_warning_says_what_is_not_known(tmp_path: Path) -> None:
+    written = Written(tmp_path, channel_names={0: "CT"})
+    record = {**small_lesions(12), "intensity_cut": {"0": None}, "min_cases": 5}
+    written.write("pooled", sha256="f" * 64, tolerance=record)
+    (text,) = of_the_plan(written)
+    assert "an unknown share at either end" in text
+    assert "nothing finer than 5 cases leaves a site" in text
 
 
 def test_the_time_in_which_no_coordinator_ran_is_nobodys(tmp_path: Path) -> None:

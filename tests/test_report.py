@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import fednnunet, good, phantom_study
 from journals import Written, training, validation
 
+from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
+from federation.fingerprint import plan_tolerance
 from federation.report.page import render
 from federation.study import parse
 from orchestrator import report
@@ -44,6 +47,16 @@ def test_it_says_what_went_badly_and_escapes_what_others_wrote(whole: Written) -
     assert scores.index("south") < scores.index("north"), "the worst site first"
     assert "0.700" in scores
     assert "south was missing in round 2: FNU-505" in text
+
+
+def test_what_the_plan_may_be_off_by_stands_among_the_warnings(tmp_path: Path) -> None:
+    written = Written(tmp_path, channel_names={0: "CT"})
+    random = np.random.default_rng(0)
+    lesions = [(channel_statistics(random.normal(40, 90, 30).astype(np.float32)),) for _ in range(9)]
+    cases = [CaseStatistics((1.0, 1.0, 1.0), (64, 64, 64), 1.0, channels) for channels in lesions]
+    written.write("pooled", sha256="f" * 64, tolerance=plan_tolerance(site_fingerprint(cases, 1)))
+    text = render(report.report(load(written.folder), written.folder))
+    assert "channel 0 (CT) may be clipped elsewhere" in text[text.index("Warnings") :]
 
 
 def test_a_study_that_failed_runs_or_was_stopped_has_a_report_too(tmp_path: Path) -> None:

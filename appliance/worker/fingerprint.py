@@ -66,11 +66,15 @@ class Histogram:
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """One case's foreground in one channel: mean and variance (float64) and its histogram of MASS in all."""
+    """One case's foreground in one channel: mean and variance (float64) and its histogram of MASS in all.
+
+    `cut` is the mass at either end that the histogram counts further inside than it lies, rounded up.
+    """
 
     mean: float
     variance: float
     histogram: Histogram
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ def channel_statistics(values: NDArray[Any]) -> ChannelStatistics:
     else:
         ends = np.partition(exact, (trimmed, len(exact) - 1 - trimmed))
         lowest, highest = float(ends[trimmed]), float(ends[len(exact) - 1 - trimmed])
-    return ChannelStatistics(mean, variance, _histogram(exact, lowest, highest))
+    cut = -(-min(trimmed, len(exact) // 2) * MASS // len(exact))
+    return ChannelStatistics(mean, variance, _histogram(exact, lowest, highest), cut)
 
 
 def _exponent(lowest: float, highest: float) -> int:
@@ -209,6 +214,7 @@ class ChannelSums:
 
     means: Fraction = Fraction(0)
     squares: Fraction = Fraction(0)
+    cut: int = 0
     histogram: Histogram | None = None
     contributors: list[set[int]] = field(default_factory=list)
 
@@ -217,6 +223,7 @@ class ChannelSums:
         mean = round_dyadic(Fraction(statistics.mean), DYADIC_BITS // 2)  # so that its square is exact, too
         self.means += mean
         self.squares += mean * mean + round_dyadic(Fraction(statistics.variance))
+        self.cut += statistics.cut
         new = statistics.histogram
         if self.histogram is None:
             old = Histogram(new.exponent, new.start, np.zeros(len(new.masses), np.int64), new.lowest, new.highest)
@@ -295,6 +302,7 @@ class SiteStatistics:
                 {
                     "means": dyadic_to_text(sums.means),
                     "squares": dyadic_to_text(sums.squares),
+                    "cut": sums.cut,
                     "contributors": [sorted(cases) for cases in sums.contributors],
                     "histogram": None
                     if histogram is None
@@ -317,7 +325,7 @@ class SiteStatistics:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> SiteStatistics:
-        """Read what `to_json` gave."""
+        """Read what `to_json` gave; KeyError where an older version has written less."""
         result = cls(len(value["channels"]), value["limit"])
         result.geometry = [((s[0], s[1], s[2]), (n[0], n[1], n[2])) for s, n in value["geometry"]]
         result.relative_sizes = Counter(dict(value["relative_sizes"]))
@@ -325,6 +333,7 @@ class SiteStatistics:
         for sums, stored in zip(result.channels, value["channels"], strict=True):
             sums.means = dyadic_from_text(stored["means"])
             sums.squares = dyadic_from_text(stored["squares"])
+            sums.cut = stored["cut"]
             sums.contributors = [set(cases) for cases in stored["contributors"]]
             histogram = stored["histogram"]
             if histogram is not None:
@@ -376,15 +385,24 @@ def site_fingerprint(statistics: SiteStatistics | Iterable[CaseStatistics], min_
         spacing_distance=spacing_distance,
         shape_distance=shape_distance,
         relative_sizes=_group_sizes(statistics.relative_sizes, min_cases),
-        channels=tuple(_channel(sums, min_cases) for sums in statistics.channels),
+        channels=tuple(_channel(sums, statistics.with_foreground, min_cases) for sums in statistics.channels),
     )
 
 
-def _channel(sums: ChannelSums, min_cases: int) -> Channel:
+def _channel(sums: ChannelSums, cases: int, min_cases: int) -> Channel:
     grids = () if sums.histogram is None else (grid_of(sums.histogram.exponent, _pieces(sums, min_cases)),)
     return Channel(
-        sum_of_means=dyadic_to_text(sums.means), sum_of_squares=dyadic_to_text(sums.squares), histogram=grids
+        sum_of_means=dyadic_to_text(sums.means),
+        sum_of_squares=dyadic_to_text(sums.squares),
+        histogram=grids,
+        cut=min(_mass_rounded_up(sums.cut), cases * MASS // 2),
     )
+
+
+def _mass_rounded_up(mass: int) -> int:
+    """1 or 1.5 times a power of two, as `_rounded_up`: a bound that tells no case's number of voxels."""
+    power = 1 << (mass - 1).bit_length() if mass else 0
+    return power * 3 // 4 if mass <= power * 3 // 4 else power
 
 
 def _pieces(sums: ChannelSums, min_cases: int) -> dict[tuple[int, int], int]:

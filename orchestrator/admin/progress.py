@@ -27,6 +27,7 @@ from federation.readable import ago, clock, moment, number, size, timestamp
 from federation.study import CASCADE, LOWRES, Study
 from federation.tasks import Validation
 from orchestrator.admin.layers import layers_table, read_layers, summary
+from orchestrator.doubts import doubts
 from orchestrator.history import PHASES, REPORT, History, mean
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -45,6 +46,8 @@ def plain(history: History, line: dict[str, Any]) -> str | None:
             return f"{line['site']}: {line['key']} sent again, {line['why']}"
         case "failed_answer" | "refused":
             return f"{line['site']}: {line['key']}: {line['reason']}"
+        case "pooled":
+            return "\n".join(doubts(history.study, line.get("tolerance", {}))) or None
         case "layers" if not history.study.one_model:
             return summary(line["shared"], line["common"])
         case "closed":
