@@ -192,8 +192,9 @@ def _comparisons(history: History) -> list[Any]:
     parts.append(Table(header, rows, words=(1, 2)))
     parts.append(
         Text(
-            "Means over each site's held-out cases; whether a difference is more than chance, the site's own "
-            "report says, which has the single cases."
+            "Means over each site's held-out cases, as nnU-Net takes them: a case without the label counts for the "
+            "models that predicted it there, and not for the others. Whether a difference is more than chance, over "
+            "the same cases for all three, the site's own report says, which has the single cases."
         )
     )
     return parts

@@ -146,16 +146,17 @@ def test_the_sites_report_says_plainly_where_federation_lost(asked: tuple[Site, 
         mean, low, high = entry.difference
         assert low <= mean <= high
         assert f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" in section
-    worse = Compared("x", ["a", "b"], {}, (-0.2, -0.3, -0.1))
+    worse = Compared("x", ["a", "b"], [True, True], 0, {}, (-0.2, -0.3, -0.1))
     assert worse.verdict == "worse"
+    dice = {name: [0.5, 0.6] for name in site_report.MODELS}
     parts = site_report._judged(
-        [Compared("tumour", ["a", "b"], {name: [0.5, 0.6] for name in site_report.MODELS}, (-0.2, -0.3, -0.1))],
-        "2 cases",
-        {},
+        [Compared("tumour", ["a", "b"], [True, True], 0, dice, (-0.2, -0.3, -0.1))], "2 cases", {}
     )
     assert parts[0].kind == "bad"
     assert "for tumour (2 cases): the federated model is worse than our own training alone" in parts[0].text
-    assert Compared("x", ["a"], {}, (0.5, 0.5, 0.5)).verdict == "no clear difference", "one case decides nothing"
+    assert Compared("x", ["a"], [True], 0, {}, (0.5, 0.5, 0.5)).verdict == "no clear difference", (
+        "one case decides nothing"
+    )
     assert "HD95 local, mm" in section
     assert section.count("data:image/png") == 2
 

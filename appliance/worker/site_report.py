@@ -36,15 +36,30 @@ WORST = 6
 MOST_CASES = 200
 FEDERATED = "federated"
 MODELS = (comparison.LOCAL, FEDERATED, comparison.PERSONALISED)
+ALIKE = 6
+"""So many equal differences decide: the least number for which a two-sided sign test has p < 0.05."""
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "pseudo_dice": "pseudo-Dice"}
 
 
 @dataclass(frozen=True)
 class CaseScore:
-    """One case: its Dice for each label (None where the label neither occurs nor was predicted), and its files."""
+    """One case of one model.
+
+    Attributes
+    ----------
+    name : str
+        The case.
+    dice : dict
+        Dice by label; None where the label neither occurs nor was predicted.
+    present : dict
+        Whether the reference has the label.
+    prediction, reference : Path
+        Its files.
+    """
 
     name: str
     dice: dict[str, float | None]
+    present: dict[str, bool]
     prediction: Path
     reference: Path
 
@@ -123,12 +138,11 @@ class SiteStudy:
         found = []
         for entry in files.read_json(folder / "summary.json")["metric_per_case"]:
             path = Path(entry["prediction_file"])
-            dice = {}
-            for name, key in labels.items():
-                value = entry["metrics"].get(key, {}).get("Dice")
-                dice[name] = None if value is None or math.isnan(value) else float(value)
+            metrics = {name: entry["metrics"][key] for name, key in labels.items()}
+            dice = {name: None if math.isnan(of["Dice"]) else float(of["Dice"]) for name, of in metrics.items()}
+            present = {name: of["n_ref"] > 0 for name, of in metrics.items()}
             stem = path.name.removesuffix(self.study.file_ending)
-            found.append(CaseScore(stem, dice, folder / path.name, Path(entry["reference_file"])))
+            found.append(CaseScore(stem, dice, present, folder / path.name, Path(entry["reference_file"])))
         return sorted(found, key=lambda case: (case.worst, case.name))
 
     def images(self) -> dict[str, Case]:
@@ -241,14 +255,26 @@ def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Compared:
-    """One label over the cases that all three have: Dice of each, and what federated is better by.
+    """One label over the same cases for all three models: Dice of each, and what federated is better by.
+
+    A case counts where the reference has the label, or where at least one of the three predicted it. Its Dice is
+    nnU-Net's; where the reference lacks the label this is 0 for a model that predicted it, and a model that rightly
+    predicted nothing, for which nnU-Net has no number, gets 1. A case in which the label neither is nor was predicted
+    by anybody tells nothing of it and is left out: many of them would bring every mean close to 1.
+
+    So a model pays for a lesion that it makes up as it does for one that it misses, and each mean is over the same
+    patients. nnU-Net's own mean leaves a case out for the models that predicted nothing alone.
 
     Attributes
     ----------
     label : str
         The label.
     cases : list of str
-        Their names.
+        The names of the cases that count.
+    present : list of bool
+        Whether the reference has the label, in the order of `cases`.
+    without : int
+        All cases without the label in the reference, those that do not count too.
     dice : dict
         By `local`, `federated`, `personalised`, in the order of `cases`.
     difference : tuple
@@ -257,37 +283,67 @@ class Compared:
 
     label: str
     cases: list[str]
+    present: list[bool]
+    without: int
     dice: dict[str, list[float]]
     difference: tuple[float, float, float]
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `no clear difference`: whether the interval lies on one side of 0."""
+        """`better`, `worse`, or `no clear difference`: whether the interval lies on one side of 0.
+
+        Differences that are all the same (a model that makes a lesion up in each case) have an interval without
+        width: then at least `ALIKE` cases are asked for, as a sign test does.
+        """
         _, low, high = self.difference
-        if len(self.cases) < 2 or low <= 0 <= high:
+        if len(self.cases) < (ALIKE if low == high else 2) or low <= 0 <= high:
             return "no clear difference"
         return "better" if low > 0 else "worse"
+
+    def made_up(self, model: str) -> int:
+        """In how many cases without the label the model predicted it."""
+        return self._zeros(model, present=False)
+
+    def missed(self, model: str) -> int:
+        """Of how many cases with the label the model found not one voxel."""
+        return self._zeros(model, present=True)
+
+    def _zeros(self, model: str, present: bool) -> int:
+        pairs = zip(self.present, self.dice[model], strict=True)
+        return sum(there == present and dice == 0 for there, dice in pairs)
 
 
 def compared(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> list[Compared]:
     """The three models over the same cases, label by label; empty where nothing was compared."""
-    by_name = {FEDERATED: told.cases(plans, fold, kind)}
-    for variant in comparison.variants(told.workspace):
-        by_name[variant.name] = told.cases(plans, fold, kind, variant)
-    if not all(by_name.values()):
-        return []
+    models = _by_model(told, plans, fold, kind)
+    names = sorted(set.intersection(*(set(cases) for cases in models.values())))
+    reference = models[FEDERATED]
     found = []
     for label in told.study.label_keys:
-        known = {
-            name: {case.name: value for case in cases if (value := case.dice[label]) is not None}
-            for name, cases in by_name.items()
-        }
-        names = sorted(set.intersection(*(set(values) for values in known.values())))
-        if names:
-            dice = {name: [values[case] for case in names] for name, values in known.items()}
-            gains = [a - b for a, b in zip(dice[FEDERATED], dice[comparison.LOCAL], strict=True)]
-            found.append(Compared(label, names, dice, (float(np.mean(gains)), *interval(gains))))
+        there = {name: reference[name].present[label] for name in names}
+        counts = [name for name in names if any(cases[name].dice[label] is not None for cases in models.values())]
+        if not counts:
+            continue
+        dice = {model: [_dice_or_1(cases[name].dice[label]) for name in counts] for model, cases in models.items()}
+        gains = [a - b for a, b in zip(dice[FEDERATED], dice[comparison.LOCAL], strict=True)]
+        difference = (float(np.mean(gains)), *interval(gains))
+        present = [there[name] for name in counts]
+        found.append(Compared(label, counts, present, len(names) - sum(there.values()), dice, difference))
     return found
+
+
+def _by_model(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, dict[str, CaseScore]]:
+    """The scores of cases by model and name."""
+    workspaces = {FEDERATED: told.workspace, **{one.name: one for one in comparison.variants(told.workspace)}}
+    return {
+        name: {case.name: case for case in told.cases(plans, fold, kind, workspace)}
+        for name, workspace in workspaces.items()
+    }
+
+
+def _dice_or_1(dice: float | None) -> float:
+    """nnU-Net has no Dice where the label neither is nor was predicted: that is right."""
+    return 1.0 if dice is None else dice
 
 
 def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
@@ -298,6 +354,14 @@ def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
             if entries:
                 parts += _judged(entries, what, distances(told, plans, fold, kind))
     if parts:
+        parts.append(
+            Text(
+                "How it is counted: a case counts for a label where the reference has it or one of the three models "
+                "predicted it, and then for all three. Where the reference lacks it, Dice is 0 for a model that "
+                "predicted it and 1 for one that rightly predicted nothing. A case in which it neither is nor was "
+                "predicted by any of them is left out. Missed altogether: not one voxel of it was found."
+            )
+        )
         parts.append(
             Text(
                 "Local: trained here alone, from the same first weights, for as many epochs as the federation. "
@@ -319,6 +383,7 @@ def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[st
         labels = [f"{one.label} ({len(one.cases)} cases)" for one in entries if one.verdict == verdict]
         if labels:
             parts.append(Text(f"On our {what}, for {', '.join(labels)}: {words}.", kind))
+    parts.append(_mistakes(entries))
     rows = []
     for one in entries:
         mean, low, high = one.difference
@@ -339,15 +404,28 @@ def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[st
     )
     caption = f"Dice on our {what}: mean, standard deviation (bar), worst case (tick)."
     single = [
-        [case, one.label, *(number(one.dice[name][place]) for name in MODELS)]
+        [case, one.label, "yes" if one.present[place] else "no", *(number(one.dice[name][place]) for name in MODELS)]
         for one in entries
         for place, case in enumerate(one.cases)
     ]
-    single.sort(key=lambda row: float(row[3]) - float(row[2]))
-    folded = Folded(
-        "Every case, where federated lost most first", [Table(["case", "label", *MODELS], single[:MOST_CASES], (1,))]
-    )
+    single.sort(key=lambda row: float(row[4]) - float(row[3]))
+    columns = ["case", "label", "in the reference", *MODELS]
+    folded = Folded("Every case, where federated lost most first", [Table(columns, single[:MOST_CASES], (1, 2))])
     return [*parts, Figure(drawn, caption), table, folded]
+
+
+def _mistakes(entries: Sequence[Compared]) -> Table:
+    """How often each model predicted a label where there is none, and missed it altogether where there is one."""
+    rows = [
+        [
+            one.label,
+            *(f"{one.made_up(name)} of {one.without}" for name in MODELS),
+            *(f"{one.missed(name)} of {sum(one.present)}" for name in MODELS),
+        ]
+        for one in entries
+    ]
+    made_up = (f"{name}: predicted where there is none" for name in MODELS)
+    return Table(["label", *made_up, *(f"{name}: missed altogether" for name in MODELS)], rows)
 
 
 def _millimetres(values: Sequence[float]) -> str:
