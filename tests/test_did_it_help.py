@@ -155,3 +155,48 @@ def test_few_differences_that_are_all_the_same_decide_nothing() -> None:
         return Compared("x", names, [False] * cases, cases, {}, (-1.0, *site_report.interval([-1.0] * cases))).verdict
 
     assert [verdict(cases) for cases in (1, 2, 5, 6)] == [*["no clear difference"] * 3, "worse"]
+
+
+def shifted(box: tuple[int, int], by: int) -> Box:
+    return box[0] + by, box[1] + by
+
+
+def test_hd95_is_over_the_cases_that_every_model_found(tmp_path: Path) -> None:
+    """Local finds the easy half alone, to 1 mm; federated these as well as local, and the hard ones to 4 mm."""
+    references: dict[str, Box] = {f"case_{number}": (10, 20) for number in range(6)}
+    easy = list(references)[:3]
+    local = {name: shifted((10, 20), 1) if name in easy else None for name in references}
+    federated = {name: shifted((10, 20), 1 if name in easy else 4) for name in references}
+    told = judged(tmp_path, lesions(), references, local=local, federated=federated, personalised=federated)
+    assert ">2.5<" not in shown(told), "the median of all that federated found"
+    far = site_report.distances(told, PLANS, "0", "test")["lesion"]
+    assert far.cases == easy
+    assert far.of == {model: [1.0, 1.0, 1.0] for model in MODELS}
+    (one,) = compared(told, PLANS, "0", "test")
+    assert [one.missed(model) for model in MODELS] == [3, 0, 0], "what was missed is told beside it"
+
+
+def test_where_there_are_too_many_cases_hd95_takes_the_same_ones_by_name_whatever_their_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_report, "MOST_CASES", 2)
+    references: dict[str, Box] = {f"case_{number}": (10, 20) for number in range(4)}
+    local = {name: shifted((10, 20), by) for name, by in zip(references, (1, 2, 3, 4), strict=True)}
+    federated = {name: shifted((10, 20), by) for name, by in zip(references, (4, 3, 2, 1), strict=True)}
+    told = judged(tmp_path, lesions(), references, local=local, federated=federated, personalised=federated)
+    text = shown(told)
+    assert ">1.5<" in text, "local's median, not that of its own worst two"
+    assert "2 of 4" in text
+    far = site_report.distances(told, PLANS, "0", "test")["lesion"]
+    assert far.cases == ["case_0", "case_1"]
+    assert (far.of[LOCAL], far.of[FEDERATED]) == ([1.0, 2.0], [4.0, 3.0])
+    assert far.counted == "2 of 4"
+
+
+def test_hd95_is_measured_anew_where_a_model_was_judged_anew(tmp_path: Path) -> None:
+    references: dict[str, Box] = {"a": (10, 20), "b": (10, 20)}
+    near, far = (dict.fromkeys(references, shifted((10, 20), by)) for by in (1, 5))
+    told = judged(tmp_path, lesions(), references, local=near, federated=near, personalised=near)
+    assert site_report.distances(told, PLANS, "0", "test")["lesion"].of[LOCAL] == [1.0, 1.0]
+    again = judged(tmp_path, lesions(), references, local=far)
+    assert site_report.distances(again, PLANS, "0", "test")["lesion"].of[LOCAL] == [5.0, 5.0]

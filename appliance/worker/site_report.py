@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ class CaseScore:
         The case.
     dice : dict
         Dice by label; None where the label neither occurs nor was predicted.
-    present : dict
-        Whether the reference has the label.
+    present, predicted : dict
+        Whether the reference has the label, and whether the prediction has it.
     prediction, reference : Path
         Its files.
     """
@@ -60,6 +60,7 @@ class CaseScore:
     name: str
     dice: dict[str, float | None]
     present: dict[str, bool]
+    predicted: dict[str, bool]
     prediction: Path
     reference: Path
 
@@ -141,8 +142,10 @@ class SiteStudy:
             metrics = {name: entry["metrics"][key] for name, key in labels.items()}
             dice = {name: None if math.isnan(of["Dice"]) else float(of["Dice"]) for name, of in metrics.items()}
             present = {name: of["n_ref"] > 0 for name, of in metrics.items()}
+            predicted = {name: of["n_pred"] > 0 for name, of in metrics.items()}
             stem = path.name.removesuffix(self.study.file_ending)
-            found.append(CaseScore(stem, dice, present, folder / path.name, Path(entry["reference_file"])))
+            reference = Path(entry["reference_file"])
+            found.append(CaseScore(stem, dice, present, predicted, folder / path.name, reference))
         return sorted(found, key=lambda case: (case.worst, case.name))
 
     def images(self) -> dict[str, Case]:
@@ -359,7 +362,10 @@ def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
                 "How it is counted: a case counts for a label where the reference has it or one of the three models "
                 "predicted it, and then for all three. Where the reference lacks it, Dice is 0 for a model that "
                 "predicted it and 1 for one that rightly predicted nothing. A case in which it neither is nor was "
-                "predicted by any of them is left out. Missed altogether: not one voxel of it was found."
+                "predicted by any of them is left out. Missed altogether: not one voxel of it was found. HD95 is the "
+                "median over the cases in which the reference and all three have the label (the first "
+                f"{MOST_CASES} by name, where there are more): a model that misses the hard cases is not judged by the "
+                "easy ones alone."
             )
         )
         parts.append(
@@ -373,7 +379,7 @@ def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
     return parts
 
 
-def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Any]:
+def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Distances]) -> list[Any]:
     parts: list[Any] = []
     for verdict, kind, words in (
         ("worse", "bad", "the federated model is worse than our own training alone"),
@@ -389,10 +395,11 @@ def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[st
         mean, low, high = one.difference
         gain = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
         means = [number(float(np.mean(one.dice[name]))) for name in MODELS]
-        hd = [_millimetres(far.get(name, {}).get(one.label, [])) for name in MODELS]
-        rows.append([one.label, str(len(one.cases)), *means, gain, *hd])
+        distance = far.get(one.label, Distances([], 0, {}))
+        hd = [_millimetres(distance.of.get(name, [])) for name in MODELS]
+        rows.append([one.label, str(len(one.cases)), *means, gain, *hd, distance.counted])
     header = ["label", "cases", *(f"Dice {name}" for name in MODELS), "federated - local (95 %)"]
-    table = Table([*header, *(f"HD95 {name}, mm" for name in MODELS)], rows)
+    table = Table([*header, *(f"HD95 {name}, mm" for name in MODELS), "cases of HD95"], rows)
     drawn = scores(
         {
             one.label: [
@@ -432,21 +439,82 @@ def _millimetres(values: Sequence[float]) -> str:
     return f"{float(np.median(values)):.1f}" if values else "-"
 
 
-def distances(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, dict[str, list[float]]]:
-    """HD95 in mm by model and label, of the cases in which both surfaces are there; computed once and kept."""
-    kept = told.workspace.root / "comparison" / f"distances-fold_{fold}-{kind}.json"
+@dataclass(frozen=True)
+class Distances:
+    """HD95 of one label in mm, over the same cases for all three models.
+
+    Those are the cases in which the reference and all three have the label: there is no distance to a surface that is
+    not there, and a model that misses the hard cases must not look better for it (`Compared.missed` counts them).
+
+    Attributes
+    ----------
+    cases : list of str
+        The names of the cases, `MOST_CASES` at most: the first by name, whatever their scores.
+    among : int
+        How many cases there were to choose from.
+    of : dict
+        By `local`, `federated`, `personalised`, in the order of `cases`.
+    """
+
+    cases: list[str]
+    among: int
+    of: dict[str, list[float]]
+
+    @property
+    def counted(self) -> str:
+        """How many cases, for people."""
+        return str(len(self.cases)) if len(self.cases) == self.among else f"{len(self.cases)} of {self.among}"
+
+
+def distances(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, Distances]:
+    """HD95 by label; computed once for the scores that lie here, and kept."""
+    models = _by_model(told, plans, fold, kind)
+    summaries = [
+        files.sha256_of(workspace.model(plans) / f"fold_{fold}" / kind / "summary.json")
+        for workspace in (told.workspace, *comparison.variants(told.workspace))
+    ]
+    kept = told.workspace.root / "comparison" / f"hd95-fold_{fold}-{kind}.json"
     if kept.exists():
-        found: dict[str, dict[str, list[float]]] = files.read_json(kept)
-        return found
-    workspaces = {FEDERATED: told.workspace, **{one.name: one for one in comparison.variants(told.workspace)}}
-    result: dict[str, dict[str, list[float]]] = {name: {} for name in workspaces}
-    for name, workspace in workspaces.items():
-        for case in told.cases(plans, fold, kind, workspace)[:MOST_CASES]:
-            for label, value in _distances_of(plans, case, _label_values(told.study)).items():
-                if value is not None:
-                    result[name].setdefault(label, []).append(value)
-    files.write_json(kept, result)
-    return result
+        found = files.read_json(kept)
+        if found["summaries"] == summaries:
+            return {label: Distances(of["cases"], of["among"], of["of"]) for label, of in found["labels"].items()}
+    measured = _measured(told.study, plans, models)
+    files.write_json(kept, {"summaries": summaries, "labels": {label: asdict(one) for label, one in measured.items()}})
+    return measured
+
+
+def _measured(
+    study: Study, plans: dict[str, Any], models: Mapping[str, Mapping[str, CaseScore]]
+) -> dict[str, Distances]:
+    """HD95 by label from the files; each file is read once. A case whose files one model lacks counts for none."""
+    among = {label: _with_surfaces(models, label) for label in study.label_keys}
+    chosen = {label: names[:MOST_CASES] for label, names in among.items()}
+    values = _label_values(study)
+    rows: dict[str, dict[str, list[float]]] = {label: {} for label in among}
+    for name in sorted(set().union(*chosen.values())):
+        labels = {label: values[label] for label, names in chosen.items() if name in names}
+        found = [_distances_of(plans, cases[name], labels) for cases in models.values()]
+        for label in labels:
+            known = [value for of in found if (value := of.get(label)) is not None]
+            if len(known) == len(models):
+                rows[label][name] = known
+    return {
+        label: Distances(
+            list(row),
+            len(among[label]),
+            {model: [of[place] for of in row.values()] for place, model in enumerate(models)},
+        )
+        for label, row in rows.items()
+    }
+
+
+def _with_surfaces(models: Mapping[str, Mapping[str, CaseScore]], label: str) -> list[str]:
+    """The cases, by name, in which the reference and every model have a label."""
+    having = (
+        {case.name for case in cases.values() if case.present[label] and case.predicted[label]}
+        for cases in models.values()
+    )
+    return sorted(set.intersection(*having))
 
 
 def _distances_of(plans: dict[str, Any], case: CaseScore, labels: Mapping[str, list[int]]) -> dict[str, float | None]:
