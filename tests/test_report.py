@@ -9,7 +9,7 @@ import pytest
 from commands import fednnunet, good, phantom_study
 from journals import Written, training, validation
 
-from federation.report.page import render
+from federation.report.page import Figure, render
 from federation.study import parse
 from orchestrator import report
 from orchestrator.history import REPORT, History, load
@@ -44,6 +44,21 @@ def test_it_says_what_went_badly_and_escapes_what_others_wrote(whole: Written) -
     assert scores.index("south") < scores.index("north"), "the worst site first"
     assert "0.700" in scores
     assert "south was missing in round 2: FNU-505" in text
+
+
+def test_a_score_stands_beside_the_cases_that_it_is_over_not_beside_all_of_the_site(tmp_path: Path) -> None:
+    """The tumour occurs, or was predicted, in one of the twenty cases."""
+    written = Written(tmp_path)
+    organ = {"mean": 0.9, "std": 0.02, "minimum": 0.8, "cases": 20}
+    tumour = {"mean": 0.95, "std": 0.0, "minimum": 0.95, "cases": 1}
+    told = {"validation": {}, "test": {"organ": organ, "tumour": tumour}, "test_cases": 20, "seconds": 1.0}
+    written.write("answered", site="north", key="validate-fold_all", nbytes=90, validation=told)
+    (figure,) = [part for part in report._scores(load(written.folder)) if isinstance(part, Figure)]
+    assert figure.table is not None
+    assert figure.table.rows == [
+        ["north", "organ", "20", "0.900", "0.020", "0.800"],
+        ["north", "tumour", "1", "0.950", "-", "0.950"],
+    ]
 
 
 def test_a_study_that_failed_runs_or_was_stopped_has_a_report_too(tmp_path: Path) -> None:
