@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,54 @@ def test_training_alone_is_a_federation_of_one_site_bit_for_bit(tmp_path: Path) 
     assert files.sha256_of(last) == files.sha256_of(together)
     names = TensorFile(last).names
     assert any(not np.array_equal(TensorFile(first).read(name), TensorFile(last).read(name)) for name in names)
+
+
+def _poly(epoch: int, epochs: int) -> float:
+    return (1 - epoch / epochs) ** 0.9
+
+
+def _cosine(epoch: int, epochs: int) -> float:
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rate", "schedule"),
+    [
+        ("nnUNetTrainer", 1e-2, _poly),
+        ("nnUNetTrainer_warmup", 1e-2, _poly),
+        ("nnUNetTrainerCosAnneal", 1e-2, _cosine),
+        ("nnUNetTrainerAdam3en4", 3e-4, _poly),
+        ("nnUNetTrainerVanillaAdam1en3", 1e-3, _poly),
+    ],
+)
+def test_personalising_begins_at_a_tenth_of_the_trainers_rate_and_falls_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, rate: float, schedule: Callable[[int, int], float]
+) -> None:
+    """Also where it was cut short after two of four epochs, and also for a trainer that would warm up for fifty."""
+    rates: list[float] = []
+
+    class Watched(comparison.FoldTrainer):
+        def train(self, number: int, *rest: Any) -> Any:
+            if number == 3 and len(runs) == 1:
+                raise InterruptedError
+            told = super().train(number, *rest)
+            rates.extend(told[0].learning_rate)
+            return told
+
+    monkeypatch.setattr(comparison, "FoldTrainer", Watched)
+    changes = {**COMPARE, "iterations_per_epoch": 1, "personalise_epochs": 4}
+    site = prepared_site(tmp_path / "state", trainer=trainer, fold="all", **changes)
+    _, personalised = comparison.variants(Workspace(site.settings.work, site.study))
+    phases: list[str] = []
+    control = comparison.Control(phase=phases.append)
+    asked = (personalised, site.settings, "all", site.plans_sha256, {}, control, lambda _: None, 0.1)
+    runs = [1]
+    with pytest.raises(InterruptedError):
+        comparison._variant(*asked)
+    runs.append(2)
+    comparison._variant(*asked)
+    assert rates == pytest.approx([0.1 * rate * schedule(epoch, 4) for epoch in range(4)])
+    assert "personalised: round 4, epoch 4 of 4, iteration 1 of 1" in phases
 
 
 @pytest.mark.long

@@ -5,7 +5,8 @@ Rules:
 - `local` begins with the weights that the federation began with, takes the same plans, trainer, seeds and number of
   epochs, and sees this site's cases alone.
 - `personalised` goes on from the final global model for `personalise_epochs` on this site's cases, with a tenth of the
-  trainer's learning rate.
+  trainer's learning rate, which falls from there as the trainer's does. A model that is trained is not warmed up again:
+  `nnUNetTrainer_warmup` would end after ten epochs of fifty at a fiftieth of its rate.
 - Both are judged as Validate judges the global model: same cases, same predictor, same metrics.
 - Each epoch is kept, so that a worker that is killed goes on; what is done is not done again.
 - What leaves are means, deviations, minima and numbers of cases. Scores of cases, distances and predictions stay.
@@ -144,7 +145,7 @@ def _variant(
     if workspace.done(fold).exists():
         return tasks.Validation.model_validate(files.read_json(workspace.done(fold)))
     told = Control(control.check, lambda text: control.phase(f"{workspace.name}: {text}"))
-    trainer = FoldTrainer(workspace, settings, fold, plans_sha256, step)
+    trainer = FoldTrainer(workspace, settings, fold, plans_sha256, step, trained=begin is not None)
     try:
         last = _train(workspace, trainer, fold, told, begin)
         report = validation.validate(trainer, last, test_cases, told)
