@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -152,6 +153,29 @@ def test_personalising_begins_at_a_tenth_of_the_trainers_rate_and_falls_from_the
     comparison._variant(*asked)
     assert rates == pytest.approx([0.1 * rate * schedule(epoch, 4) for epoch in range(4)])
     assert "personalised: round 4, epoch 4 of 4, iteration 1 of 1" in phases
+
+
+def test_scores_that_a_later_version_has_written_are_computed_anew(tmp_path: Path) -> None:
+    site = prepared_site(tmp_path / "state", fold="all", **{**COMPARE, "personalise_epochs": 1})
+    _, personalised = comparison.variants(Workspace(site.settings.work, site.study))
+    phases: list[str] = []
+    control = comparison.Control(phase=phases.append)
+
+    def asked() -> dict[str, Any]:
+        phases.clear()
+        begin = (lambda _: None, 0.1)
+        told = comparison._variant(personalised, site.settings, "all", site.plans_sha256, {}, control, *begin)
+        return told.model_dump(exclude={"seconds"})
+
+    first = asked()
+    done = personalised.done("all")
+    assert phases
+    assert (asked(), phases) == (first, [])
+    for content in (json.dumps({**files.read_json(done), "of_a_later_version": 1}), "{"):
+        done.write_text(content)
+        assert asked() == first
+        assert phases, "trained again"
+        assert (asked(), phases) == (first, []), "and known from then on"
 
 
 @pytest.mark.long
