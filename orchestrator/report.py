@@ -21,7 +21,7 @@ from federation.readable import clock, number, size, timestamp
 from federation.report.figures import Curves, Score, bars, curves, participation, scores
 from federation.report.page import Facts, Figure, Folded, Page, Section, Table, Text, render
 from federation.report.parts import by_axis, intensities, medians, plan_facts
-from federation.tasks import Validation
+from federation.tasks import LabelScore, Validation
 from orchestrator.history import REPORT, History, load
 
 MOST_ROWS = 400
@@ -121,8 +121,7 @@ def _scores(history: History) -> list[Any]:
         for kind, what in (("test", "cases of imagesTs"), ("validation", f"held-out training cases of fold {fold}")):
             entries = {name: getattr(value, kind) for name, value in told.items() if getattr(value, f"{kind}_cases")}
             if entries:
-                counts = {name: getattr(value, f"{kind}_cases") for name, value in told.items()}
-                parts.append(_score_figure(f"{judged} on each site's {what}", entries, counts))
+                parts.append(_score_figure(f"{judged} on each site's {what}", entries))
     if parts:
         parts.insert(
             0,
@@ -134,23 +133,25 @@ def _scores(history: History) -> list[Any]:
     return parts
 
 
-def _score_figure(caption: str, entries: Mapping[str, Any], counts: Mapping[str, int]) -> Figure:
+def _score_figure(caption: str, entries: Mapping[str, Mapping[str, LabelScore]]) -> Figure:
+    """Dice by site and label; `cases` are those that the mean is over: where the label occurs or was predicted."""
     labels = list(dict.fromkeys(label for value in entries.values() for label in value))
     by_label: dict[str, list[Score]] = {}
     rows = []
     for label in labels:
+        told = {name: value[label] for name, value in entries.items() if label in value}
         known = [
-            Score(name, value[label].mean, value[label].std or 0.0, value[label].minimum)
-            for name, value in entries.items()
-            if label in value and value[label].mean is not None
+            Score(name, score.mean, score.std or 0.0, score.minimum)
+            for name, score in told.items()
+            if score.mean is not None
         ]
         known.sort(key=lambda score: (score.mean, score.name))
         if known:
             by_label[label] = known
-        rows += [
-            [score.name, label, str(counts[score.name]), number(score.mean), number(score.std), number(score.minimum)]
-            for score in known
-        ]
+        for score in known:
+            cases = told[score.name].cases
+            spread = number(score.std) if cases > 1 else "-"
+            rows.append([score.name, label, str(cases), number(score.mean), spread, number(score.minimum)])
     table = Table(["site", "label", "cases", "mean Dice", "std", "worst case"], rows, words=(1,))
     return Figure(scores(by_label) if by_label else "", f"{caption}: Dice.", table)
 
@@ -192,8 +193,9 @@ def _comparisons(history: History) -> list[Any]:
     parts.append(Table(header, rows, words=(1, 2)))
     parts.append(
         Text(
-            "Means over each site's held-out cases; whether a difference is more than chance, the site's own "
-            "report says, which has the single cases."
+            "Means over each site's held-out cases, as nnU-Net takes them: a case without the label counts for the "
+            "models that predicted it there, and not for the others. Whether a difference is more than chance, over "
+            "the same cases for all three, the site's own report says, which has the single cases."
         )
     )
     return parts

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,77 @@ def test_training_alone_is_a_federation_of_one_site_bit_for_bit(tmp_path: Path) 
     assert any(not np.array_equal(TensorFile(first).read(name), TensorFile(last).read(name)) for name in names)
 
 
+def _poly(epoch: int, epochs: int) -> float:
+    return (1 - epoch / epochs) ** 0.9
+
+
+def _cosine(epoch: int, epochs: int) -> float:
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rate", "schedule"),
+    [
+        ("nnUNetTrainer", 1e-2, _poly),
+        ("nnUNetTrainer_warmup", 1e-2, _poly),
+        ("nnUNetTrainerCosAnneal", 1e-2, _cosine),
+        ("nnUNetTrainerAdam3en4", 3e-4, _poly),
+        ("nnUNetTrainerVanillaAdam1en3", 1e-3, _poly),
+    ],
+)
+def test_personalising_begins_at_a_tenth_of_the_trainers_rate_and_falls_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, rate: float, schedule: Callable[[int, int], float]
+) -> None:
+    """Also where it was cut short after two of four epochs, and also for a trainer that would warm up for fifty."""
+    rates: list[float] = []
+
+    class Watched(comparison.FoldTrainer):
+        def train(self, number: int, *rest: Any) -> Any:
+            if number == 3 and len(runs) == 1:
+                raise InterruptedError
+            told = super().train(number, *rest)
+            rates.extend(told[0].learning_rate)
+            return told
+
+    monkeypatch.setattr(comparison, "FoldTrainer", Watched)
+    changes = {**COMPARE, "iterations_per_epoch": 1, "personalise_epochs": 4}
+    site = prepared_site(tmp_path / "state", trainer=trainer, fold="all", **changes)
+    _, personalised = comparison.variants(Workspace(site.settings.work, site.study))
+    phases: list[str] = []
+    control = comparison.Control(phase=phases.append)
+    asked = (personalised, site.settings, "all", site.plans_sha256, {}, control, lambda _: None, 0.1)
+    runs = [1]
+    with pytest.raises(InterruptedError):
+        comparison._variant(*asked)
+    runs.append(2)
+    comparison._variant(*asked)
+    assert rates == pytest.approx([0.1 * rate * schedule(epoch, 4) for epoch in range(4)])
+    assert "personalised: round 4, epoch 4 of 4, iteration 1 of 1" in phases
+
+
+def test_scores_that_a_later_version_has_written_are_computed_anew(tmp_path: Path) -> None:
+    site = prepared_site(tmp_path / "state", fold="all", **{**COMPARE, "personalise_epochs": 1})
+    _, personalised = comparison.variants(Workspace(site.settings.work, site.study))
+    phases: list[str] = []
+    control = comparison.Control(phase=phases.append)
+
+    def asked() -> dict[str, Any]:
+        phases.clear()
+        begin = (lambda _: None, 0.1)
+        told = comparison._variant(personalised, site.settings, "all", site.plans_sha256, {}, control, *begin)
+        return told.model_dump(exclude={"seconds"})
+
+    first = asked()
+    done = personalised.done("all")
+    assert phases
+    assert (asked(), phases) == (first, [])
+    for content in (json.dumps({**files.read_json(done), "of_a_later_version": 1}), "{"):
+        done.write_text(content)
+        assert asked() == first
+        assert phases, "trained again"
+        assert (asked(), phases) == (first, []), "and known from then on"
+
+
 @pytest.mark.long
 def test_cut_short_in_the_middle_it_goes_on_to_the_same_scores(
     asked: tuple[Site, tasks.Comparison], tmp_path: Path
@@ -146,16 +219,17 @@ def test_the_sites_report_says_plainly_where_federation_lost(asked: tuple[Site, 
         mean, low, high = entry.difference
         assert low <= mean <= high
         assert f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" in section
-    worse = Compared("x", ["a", "b"], {}, (-0.2, -0.3, -0.1))
+    worse = Compared("x", ["a", "b"], [True, True], 0, {}, (-0.2, -0.3, -0.1))
     assert worse.verdict == "worse"
+    dice = {name: [0.5, 0.6] for name in site_report.MODELS}
     parts = site_report._judged(
-        [Compared("tumour", ["a", "b"], {name: [0.5, 0.6] for name in site_report.MODELS}, (-0.2, -0.3, -0.1))],
-        "2 cases",
-        {},
+        [Compared("tumour", ["a", "b"], [True, True], 0, dice, (-0.2, -0.3, -0.1))], "2 cases", {}
     )
     assert parts[0].kind == "bad"
     assert "for tumour (2 cases): the federated model is worse than our own training alone" in parts[0].text
-    assert Compared("x", ["a"], {}, (0.5, 0.5, 0.5)).verdict == "no clear difference", "one case decides nothing"
+    assert Compared("x", ["a"], [True], 0, {}, (0.5, 0.5, 0.5)).verdict == "no clear difference", (
+        "one case decides nothing"
+    )
     assert "HD95 local, mm" in section
     assert section.count("data:image/png") == 2
 

@@ -12,7 +12,7 @@ from journals import Written, training, validation
 
 from appliance.worker.fingerprint import CaseStatistics, channel_statistics, site_fingerprint
 from federation.fingerprint import plan_tolerance
-from federation.report.page import render
+from federation.report.page import Figure, render
 from federation.study import parse
 from orchestrator import report
 from orchestrator.history import REPORT, History, load
@@ -57,6 +57,21 @@ def test_what_the_plan_may_be_off_by_stands_among_the_warnings(tmp_path: Path) -
     written.write("pooled", sha256="f" * 64, tolerance=plan_tolerance(site_fingerprint(cases, 1)))
     text = render(report.report(load(written.folder), written.folder))
     assert "channel 0 (CT) may be clipped elsewhere" in text[text.index("Warnings") :]
+
+
+def test_a_score_stands_beside_the_cases_that_it_is_over_not_beside_all_of_the_site(tmp_path: Path) -> None:
+    """The tumour occurs, or was predicted, in one of the twenty cases."""
+    written = Written(tmp_path)
+    organ = {"mean": 0.9, "std": 0.02, "minimum": 0.8, "cases": 20}
+    tumour = {"mean": 0.95, "std": 0.0, "minimum": 0.95, "cases": 1}
+    told = {"validation": {}, "test": {"organ": organ, "tumour": tumour}, "test_cases": 20, "seconds": 1.0}
+    written.write("answered", site="north", key="validate-fold_all", nbytes=90, validation=told)
+    (figure,) = [part for part in report._scores(load(written.folder)) if isinstance(part, Figure)]
+    assert figure.table is not None
+    assert figure.table.rows == [
+        ["north", "organ", "20", "0.900", "0.020", "0.800"],
+        ["north", "tumour", "1", "0.950", "-", "0.950"],
+    ]
 
 
 def test_a_study_that_failed_runs_or_was_stopped_has_a_report_too(tmp_path: Path) -> None:

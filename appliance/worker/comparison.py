@@ -5,9 +5,11 @@ Rules:
 - `local` begins with the weights that the federation began with, takes the same plans, trainer, seeds and number of
   epochs, and sees this site's cases alone.
 - `personalised` goes on from the final global model for `personalise_epochs` on this site's cases, with a tenth of the
-  trainer's learning rate.
+  trainer's learning rate, which falls from there as the trainer's does. A model that is trained is not warmed up again:
+  `nnUNetTrainer_warmup` would end after ten epochs of fifty at a fiftieth of its rate.
 - Both are judged as Validate judges the global model: same cases, same predictor, same metrics.
-- Each epoch is kept, so that a worker that is killed goes on; what is done is not done again.
+- Each epoch is kept, so that a worker that is killed goes on; what is done is not done again, unless a later version
+  wrote its scores in a form that this one cannot read.
 - What leaves are means, deviations, minima and numbers of cases. Scores of cases, distances and predictions stay.
 """
 
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from appliance.settings import Settings
 from appliance.worker import validation
@@ -141,10 +144,11 @@ def _variant(
     step: float,
 ) -> tasks.Validation:
     """Train one variant from where it stands and judge it; its weights are freed afterwards."""
-    if workspace.done(fold).exists():
-        return tasks.Validation.model_validate(files.read_json(workspace.done(fold)))
+    known = _known(workspace.done(fold))
+    if known is not None:
+        return known
     told = Control(control.check, lambda text: control.phase(f"{workspace.name}: {text}"))
-    trainer = FoldTrainer(workspace, settings, fold, plans_sha256, step)
+    trainer = FoldTrainer(workspace, settings, fold, plans_sha256, step, trained=begin is not None)
     try:
         last = _train(workspace, trainer, fold, told, begin)
         report = validation.validate(trainer, last, test_cases, told)
@@ -153,6 +157,16 @@ def _variant(
     files.write_json(workspace.done(fold), report.model_dump(mode="json"))
     shutil.rmtree(workspace.state(fold), ignore_errors=True)
     return report
+
+
+def _known(path: Path) -> tasks.Validation | None:
+    """The scores of a variant that is done; None where there are none that this version can read."""
+    if not path.exists():
+        return None
+    try:
+        return tasks.Validation.model_validate_json(path.read_bytes())
+    except ValidationError:  # of a later version that was here before: computed anew
+        return None
 
 
 def _train(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,31 @@ WORST = 6
 MOST_CASES = 200
 FEDERATED = "federated"
 MODELS = (comparison.LOCAL, FEDERATED, comparison.PERSONALISED)
+ALIKE = 6
+"""So many equal differences decide: the least number for which a two-sided sign test has p < 0.05."""
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "pseudo_dice": "pseudo-Dice"}
 
 
 @dataclass(frozen=True)
 class CaseScore:
-    """One case: its Dice for each label (None where the label neither occurs nor was predicted), and its files."""
+    """One case of one model.
+
+    Attributes
+    ----------
+    name : str
+        The case.
+    dice : dict
+        Dice by label; None where the label neither occurs nor was predicted.
+    present, predicted : dict
+        Whether the reference has the label, and whether the prediction has it.
+    prediction, reference : Path
+        Its files.
+    """
 
     name: str
     dice: dict[str, float | None]
+    present: dict[str, bool]
+    predicted: dict[str, bool]
     prediction: Path
     reference: Path
 
@@ -123,12 +139,13 @@ class SiteStudy:
         found = []
         for entry in files.read_json(folder / "summary.json")["metric_per_case"]:
             path = Path(entry["prediction_file"])
-            dice = {}
-            for name, key in labels.items():
-                value = entry["metrics"].get(key, {}).get("Dice")
-                dice[name] = None if value is None or math.isnan(value) else float(value)
+            metrics = {name: entry["metrics"][key] for name, key in labels.items()}
+            dice = {name: None if math.isnan(of["Dice"]) else float(of["Dice"]) for name, of in metrics.items()}
+            present = {name: of["n_ref"] > 0 for name, of in metrics.items()}
+            predicted = {name: of["n_pred"] > 0 for name, of in metrics.items()}
             stem = path.name.removesuffix(self.study.file_ending)
-            found.append(CaseScore(stem, dice, folder / path.name, Path(entry["reference_file"])))
+            reference = Path(entry["reference_file"])
+            found.append(CaseScore(stem, dice, present, predicted, folder / path.name, reference))
         return sorted(found, key=lambda case: (case.worst, case.name))
 
     def images(self) -> dict[str, Case]:
@@ -241,14 +258,26 @@ def _scores(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Compared:
-    """One label over the cases that all three have: Dice of each, and what federated is better by.
+    """One label over the same cases for all three models: Dice of each, and what federated is better by.
+
+    A case counts where the reference has the label, or where at least one of the three predicted it. Its Dice is
+    nnU-Net's; where the reference lacks the label this is 0 for a model that predicted it, and a model that rightly
+    predicted nothing, for which nnU-Net has no number, gets 1. A case in which the label neither is nor was predicted
+    by anybody tells nothing of it and is left out: many of them would bring every mean close to 1.
+
+    So a model pays for a lesion that it makes up as it does for one that it misses, and each mean is over the same
+    patients. nnU-Net's own mean leaves a case out for the models that predicted nothing alone.
 
     Attributes
     ----------
     label : str
         The label.
     cases : list of str
-        Their names.
+        The names of the cases that count.
+    present : list of bool
+        Whether the reference has the label, in the order of `cases`.
+    without : int
+        All cases without the label in the reference, those that do not count too.
     dice : dict
         By `local`, `federated`, `personalised`, in the order of `cases`.
     difference : tuple
@@ -257,37 +286,67 @@ class Compared:
 
     label: str
     cases: list[str]
+    present: list[bool]
+    without: int
     dice: dict[str, list[float]]
     difference: tuple[float, float, float]
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `no clear difference`: whether the interval lies on one side of 0."""
+        """`better`, `worse`, or `no clear difference`: whether the interval lies on one side of 0.
+
+        Differences that are all the same (a model that makes a lesion up in each case) have an interval without
+        width: then at least `ALIKE` cases are asked for, as a sign test does.
+        """
         _, low, high = self.difference
-        if len(self.cases) < 2 or low <= 0 <= high:
+        if len(self.cases) < (ALIKE if low == high else 2) or low <= 0 <= high:
             return "no clear difference"
         return "better" if low > 0 else "worse"
+
+    def made_up(self, model: str) -> int:
+        """In how many cases without the label the model predicted it."""
+        return self._zeros(model, present=False)
+
+    def missed(self, model: str) -> int:
+        """Of how many cases with the label the model found not one voxel."""
+        return self._zeros(model, present=True)
+
+    def _zeros(self, model: str, present: bool) -> int:
+        pairs = zip(self.present, self.dice[model], strict=True)
+        return sum(there == present and dice == 0 for there, dice in pairs)
 
 
 def compared(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> list[Compared]:
     """The three models over the same cases, label by label; empty where nothing was compared."""
-    by_name = {FEDERATED: told.cases(plans, fold, kind)}
-    for variant in comparison.variants(told.workspace):
-        by_name[variant.name] = told.cases(plans, fold, kind, variant)
-    if not all(by_name.values()):
-        return []
+    models = _by_model(told, plans, fold, kind)
+    names = sorted(set.intersection(*(set(cases) for cases in models.values())))
+    reference = models[FEDERATED]
     found = []
     for label in told.study.label_keys:
-        known = {
-            name: {case.name: value for case in cases if (value := case.dice[label]) is not None}
-            for name, cases in by_name.items()
-        }
-        names = sorted(set.intersection(*(set(values) for values in known.values())))
-        if names:
-            dice = {name: [values[case] for case in names] for name, values in known.items()}
-            gains = [a - b for a, b in zip(dice[FEDERATED], dice[comparison.LOCAL], strict=True)]
-            found.append(Compared(label, names, dice, (float(np.mean(gains)), *interval(gains))))
+        there = {name: reference[name].present[label] for name in names}
+        counts = [name for name in names if any(cases[name].dice[label] is not None for cases in models.values())]
+        if not counts:
+            continue
+        dice = {model: [_dice_or_1(cases[name].dice[label]) for name in counts] for model, cases in models.items()}
+        gains = [a - b for a, b in zip(dice[FEDERATED], dice[comparison.LOCAL], strict=True)]
+        difference = (float(np.mean(gains)), *interval(gains))
+        present = [there[name] for name in counts]
+        found.append(Compared(label, counts, present, len(names) - sum(there.values()), dice, difference))
     return found
+
+
+def _by_model(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, dict[str, CaseScore]]:
+    """The scores of cases by model and name."""
+    workspaces = {FEDERATED: told.workspace, **{one.name: one for one in comparison.variants(told.workspace)}}
+    return {
+        name: {case.name: case for case in told.cases(plans, fold, kind, workspace)}
+        for name, workspace in workspaces.items()
+    }
+
+
+def _dice_or_1(dice: float | None) -> float:
+    """nnU-Net has no Dice where the label neither is nor was predicted: that is right."""
+    return 1.0 if dice is None else dice
 
 
 def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
@@ -300,6 +359,17 @@ def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
     if parts:
         parts.append(
             Text(
+                "How it is counted: a case counts for a label where the reference has it or one of the three models "
+                "predicted it, and then for all three. Where the reference lacks it, Dice is 0 for a model that "
+                "predicted it and 1 for one that rightly predicted nothing. A case in which it neither is nor was "
+                "predicted by any of them is left out. Missed altogether: not one voxel of it was found. HD95 is the "
+                "median over the cases in which the reference and all three have the label (the first "
+                f"{MOST_CASES} by name, where there are more): a model that misses the hard cases is not judged by the "
+                "easy ones alone."
+            )
+        )
+        parts.append(
+            Text(
                 "Local: trained here alone, from the same first weights, for as many epochs as the federation. "
                 f"Personalised: the federated model after {told.study.personalise_epochs} more epochs on our cases. "
                 "The interval is Student's over our cases' differences (one training of each, so chance in training is "
@@ -309,7 +379,7 @@ def _comparison(told: SiteStudy, plans: dict[str, Any]) -> list[Any]:
     return parts
 
 
-def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Any]:
+def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Distances]) -> list[Any]:
     parts: list[Any] = []
     for verdict, kind, words in (
         ("worse", "bad", "the federated model is worse than our own training alone"),
@@ -319,15 +389,17 @@ def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[st
         labels = [f"{one.label} ({len(one.cases)} cases)" for one in entries if one.verdict == verdict]
         if labels:
             parts.append(Text(f"On our {what}, for {', '.join(labels)}: {words}.", kind))
+    parts.append(_mistakes(entries))
     rows = []
     for one in entries:
         mean, low, high = one.difference
         gain = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
         means = [number(float(np.mean(one.dice[name]))) for name in MODELS]
-        hd = [_millimetres(far.get(name, {}).get(one.label, [])) for name in MODELS]
-        rows.append([one.label, str(len(one.cases)), *means, gain, *hd])
+        distance = far.get(one.label, Distances([], 0, {}))
+        hd = [_millimetres(distance.of.get(name, [])) for name in MODELS]
+        rows.append([one.label, str(len(one.cases)), *means, gain, *hd, distance.counted])
     header = ["label", "cases", *(f"Dice {name}" for name in MODELS), "federated - local (95 %)"]
-    table = Table([*header, *(f"HD95 {name}, mm" for name in MODELS)], rows)
+    table = Table([*header, *(f"HD95 {name}, mm" for name in MODELS), "cases of HD95"], rows)
     drawn = scores(
         {
             one.label: [
@@ -339,36 +411,110 @@ def _judged(entries: Sequence[Compared], what: str, far: Mapping[str, Mapping[st
     )
     caption = f"Dice on our {what}: mean, standard deviation (bar), worst case (tick)."
     single = [
-        [case, one.label, *(number(one.dice[name][place]) for name in MODELS)]
+        [case, one.label, "yes" if one.present[place] else "no", *(number(one.dice[name][place]) for name in MODELS)]
         for one in entries
         for place, case in enumerate(one.cases)
     ]
-    single.sort(key=lambda row: float(row[3]) - float(row[2]))
-    folded = Folded(
-        "Every case, where federated lost most first", [Table(["case", "label", *MODELS], single[:MOST_CASES], (1,))]
-    )
+    single.sort(key=lambda row: float(row[4]) - float(row[3]))
+    columns = ["case", "label", "in the reference", *MODELS]
+    folded = Folded("Every case, where federated lost most first", [Table(columns, single[:MOST_CASES], (1, 2))])
     return [*parts, Figure(drawn, caption), table, folded]
+
+
+def _mistakes(entries: Sequence[Compared]) -> Table:
+    """How often each model predicted a label where there is none, and missed it altogether where there is one."""
+    rows = [
+        [
+            one.label,
+            *(f"{one.made_up(name)} of {one.without}" for name in MODELS),
+            *(f"{one.missed(name)} of {sum(one.present)}" for name in MODELS),
+        ]
+        for one in entries
+    ]
+    made_up = (f"{name}: predicted where there is none" for name in MODELS)
+    return Table(["label", *made_up, *(f"{name}: missed altogether" for name in MODELS)], rows)
 
 
 def _millimetres(values: Sequence[float]) -> str:
     return f"{float(np.median(values)):.1f}" if values else "-"
 
 
-def distances(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, dict[str, list[float]]]:
-    """HD95 in mm by model and label, of the cases in which both surfaces are there; computed once and kept."""
-    kept = told.workspace.root / "comparison" / f"distances-fold_{fold}-{kind}.json"
+@dataclass(frozen=True)
+class Distances:
+    """HD95 of one label in mm, over the same cases for all three models.
+
+    Those are the cases in which the reference and all three have the label: there is no distance to a surface that is
+    not there, and a model that misses the hard cases must not look better for it (`Compared.missed` counts them).
+
+    Attributes
+    ----------
+    cases : list of str
+        The names of the cases, `MOST_CASES` at most: the first by name, whatever their scores.
+    among : int
+        How many cases there were to choose from.
+    of : dict
+        By `local`, `federated`, `personalised`, in the order of `cases`.
+    """
+
+    cases: list[str]
+    among: int
+    of: dict[str, list[float]]
+
+    @property
+    def counted(self) -> str:
+        """How many cases, for people."""
+        return str(len(self.cases)) if len(self.cases) == self.among else f"{len(self.cases)} of {self.among}"
+
+
+def distances(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> dict[str, Distances]:
+    """HD95 by label; computed once for the scores that lie here, and kept."""
+    models = _by_model(told, plans, fold, kind)
+    summaries = [
+        files.sha256_of(workspace.model(plans) / f"fold_{fold}" / kind / "summary.json")
+        for workspace in (told.workspace, *comparison.variants(told.workspace))
+    ]
+    kept = told.workspace.root / "comparison" / f"hd95-fold_{fold}-{kind}.json"
     if kept.exists():
-        found: dict[str, dict[str, list[float]]] = files.read_json(kept)
-        return found
-    workspaces = {FEDERATED: told.workspace, **{one.name: one for one in comparison.variants(told.workspace)}}
-    result: dict[str, dict[str, list[float]]] = {name: {} for name in workspaces}
-    for name, workspace in workspaces.items():
-        for case in told.cases(plans, fold, kind, workspace)[:MOST_CASES]:
-            for label, value in _distances_of(plans, case, _label_values(told.study)).items():
-                if value is not None:
-                    result[name].setdefault(label, []).append(value)
-    files.write_json(kept, result)
-    return result
+        found = files.read_json(kept)
+        if found["summaries"] == summaries:
+            return {label: Distances(of["cases"], of["among"], of["of"]) for label, of in found["labels"].items()}
+    measured = _measured(told.study, plans, models)
+    files.write_json(kept, {"summaries": summaries, "labels": {label: asdict(one) for label, one in measured.items()}})
+    return measured
+
+
+def _measured(
+    study: Study, plans: dict[str, Any], models: Mapping[str, Mapping[str, CaseScore]]
+) -> dict[str, Distances]:
+    """HD95 by label from the files; each file is read once. A case whose files one model lacks counts for none."""
+    among = {label: _with_surfaces(models, label) for label in study.label_keys}
+    chosen = {label: names[:MOST_CASES] for label, names in among.items()}
+    values = _label_values(study)
+    rows: dict[str, dict[str, list[float]]] = {label: {} for label in among}
+    for name in sorted(set().union(*chosen.values())):
+        labels = {label: values[label] for label, names in chosen.items() if name in names}
+        found = [_distances_of(plans, cases[name], labels) for cases in models.values()]
+        for label in labels:
+            known = [value for of in found if (value := of.get(label)) is not None]
+            if len(known) == len(models):
+                rows[label][name] = known
+    return {
+        label: Distances(
+            list(row),
+            len(among[label]),
+            {model: [of[place] for of in row.values()] for place, model in enumerate(models)},
+        )
+        for label, row in rows.items()
+    }
+
+
+def _with_surfaces(models: Mapping[str, Mapping[str, CaseScore]], label: str) -> list[str]:
+    """The cases, by name, in which the reference and every model have a label."""
+    having = (
+        {case.name for case in cases.values() if case.present[label] and case.predicted[label]}
+        for cases in models.values()
+    )
+    return sorted(set.intersection(*having))
 
 
 def _distances_of(plans: dict[str, Any], case: CaseScore, labels: Mapping[str, list[int]]) -> dict[str, float | None]:

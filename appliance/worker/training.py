@@ -186,6 +186,8 @@ class FoldTrainer:
         The plans asked for; raises FNU-302 when the site has prepared others.
     step : float
         The learning rate, as a part of the trainer's own.
+    trained : bool
+        The network goes on from trained weights: a trainer that warms up begins with the epoch after its warm-up.
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class FoldTrainer:
         fold: str,
         plans_sha256: str | None,
         step: float = 1.0,
+        trained: bool = False,
     ) -> None:
         started = time.perf_counter()
         self.workspace, self.settings, self.fold = workspace, settings, fold
@@ -217,7 +220,8 @@ class FoldTrainer:
         )
         trainer = self.trainer
         trainer.logger = RoundLogger(trainer.output_folder, False)
-        trainer.num_epochs = study.rounds * study.epochs_per_round
+        self.warmed_up = getattr(trainer, "warmup_duration_whole_net", 0) if trained else 0
+        trainer.num_epochs = self.warmed_up + study.rounds * study.epochs_per_round
         trainer.num_iterations_per_epoch = study.iterations_per_epoch
         trainer.num_val_iterations_per_epoch = study.validation_iterations_per_epoch
         trainer.initial_lr *= step
@@ -241,6 +245,10 @@ class FoldTrainer:
         """The last round before `before` whose state is kept; 0 when there is none."""
         return max((number for number, _ in self._states() if number < before), default=0)
 
+    def first_epoch(self, number: int) -> int:
+        """The epoch, from 0, that a round begins with, as the trainer counts."""
+        return self.warmed_up + (number - 1) * self.study.epochs_per_round
+
     def carry(self, number: int) -> Path:
         """What the rounding of updates had taken away after a round (wire: half, int8)."""
         return self.workspace.state(self.fold) / f"after-{number:04d}.carry.safetensors"
@@ -255,7 +263,7 @@ class FoldTrainer:
         if state["plans_sha256"] != self.plans_sha256:
             return
         trainer = self.trainer
-        trainer.current_epoch = number * self.study.epochs_per_round
+        trainer.current_epoch = self.first_epoch(number + 1)
         trainer.optimizer.load_state_dict(state["optimizer"])
         if trainer.grad_scaler is not None and state["grad_scaler"] is not None:
             trainer.grad_scaler.load_state_dict(state["grad_scaler"])
@@ -339,7 +347,7 @@ class FoldTrainer:
         seconds = {"start": self.start_seconds, "train": 0.0, "validation": 0.0}
         self.start_seconds = 0.0
 
-        trainer.current_epoch = first = (number - 1) * study.epochs_per_round
+        trainer.current_epoch = first = self.first_epoch(number)
         warmup = getattr(trainer, "warmup_duration_whole_net", None)
         if warmup is not None and first > warmup:  # nnUNetTrainer_warmup ends it in one epoch, which a site may miss
             trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers("train")
@@ -386,7 +394,7 @@ class FoldTrainer:
         clock = time.perf_counter()
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
-        name = f"round {number}, epoch {epoch + 1} of {trainer.num_epochs}"
+        name = f"round {number}, epoch {epoch + 1 - self.warmed_up} of {trainer.num_epochs - self.warmed_up}"
         steps = trainer.num_iterations_per_epoch
         with pull.on(trainer.optimizer) if pull else contextlib.nullcontext():
             outputs = self._steps(trainer.train_step, trainer.dataloader_train, steps, name, control)
