@@ -133,6 +133,7 @@ def test_nnunet_resumes_from_the_checkpoint(finished: tuple[Site, Path, tasks.Va
     assert trainer.current_epoch == 3
 
 
+@pytest.mark.long
 def test_nnunets_commands_take_the_sites_model(
     finished: tuple[Site, Path, tasks.Validation], predictions: Path, tmp_path: Path
 ) -> None:

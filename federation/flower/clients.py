@@ -221,9 +221,9 @@ def is_let_in(address: str, ca: bytes, key: Path, max_time: float) -> bool:
     for a key that cannot be used.
     """
     private: Any = load_ssh_private_key(key.read_bytes(), None)
-    fleet = fleet_client(address, ca, key, max_time)
     try:
-        fleet.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(private.public_key())))
+        with contextlib.closing(fleet_client(address, ca, key, max_time)) as fleet:
+            fleet.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(private.public_key())))
     except httpx.HTTPStatusError as error:
         told = FlowerError.from_json(error.response.text)
         if told is not None and told.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
