@@ -583,7 +583,8 @@ def _intensity_tolerance(pooled: SiteFingerprint) -> dict[str, _Intensities]:
         cut = None if channel.cut is None else channel.cut / channel.mass
         values = percentiles(pooled, index, [100 * q for q in names.values()])
         found = dict(zip(names, values, strict=True))
-        between = {name: _percentile_between(channel, q, cut, found[name]) for name, q in names.items()}
+        columns = channel.columns()
+        between = {name: _percentile_between(columns, q, cut, found[name]) for name, q in names.items()}
         _, std = moments(pooled, index)
         can_move = std > 0 and any(
             bound is None or abs(bound - found[name]) > NOTICEABLE * std
@@ -594,9 +595,14 @@ def _intensity_tolerance(pooled: SiteFingerprint) -> dict[str, _Intensities]:
     return result
 
 
-def _percentile_between(channel: Channel, q: float, cut: float | None, found: float) -> list[float | None]:
+def _percentile_between(
+    columns: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    q: float,
+    cut: float | None,
+    found: float,
+) -> list[float | None]:
     """Bounds of the percentile at height `q` of the voxels as they were; `found`, ours, always lies within."""
-    lower, upper, mass = channel.columns()
+    lower, upper, mass = columns
     share = 0.5 if cut is None else cut
     least, most = max(q - share, 2 * q - 1) - ROUNDED, min(q + share, 2 * q) + ROUNDED
     return [

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federation import files
-from federation.study import Study
+from federation.study import READER_2D, Study, readers_of
 
 if TYPE_CHECKING:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -167,11 +167,9 @@ def planner_class(name: str) -> type[ExperimentPlanner]:
 
 def _reader_name(file_ending: str, two_dimensional: bool) -> str:
     """The reader that nnU-Net chooses for images with this ending: the first in its list that reads them."""
-    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
-
-    fitting = [reader for reader in LIST_OF_IO_CLASSES if file_ending.lower() in reader.supported_file_endings]
+    fitting = readers_of(file_ending)
     if not two_dimensional:
-        fitting = [reader for reader in fitting if reader.__name__ != "NaturalImage2DIO"] or fitting
+        fitting = [reader for reader in fitting if reader != READER_2D] or fitting
     if not fitting:
         raise SystemExit(f"nnU-Net has no reader for {file_ending}")
-    return str(fitting[0].__name__)
+    return fitting[0]

@@ -54,6 +54,7 @@ READERS = {
     "NibabelIOWithReorient": (".nii", ".nii.gz"),
 }
 """nnU-Net's readers and what they read (nnunetv2 2.8.1, `LIST_OF_IO_CLASSES`, in its order)."""
+READER_2D = "NaturalImage2DIO"
 PLANNERS = (
     "ExperimentPlanner",
     "nnUNetPlannerResEncM",
@@ -315,7 +316,7 @@ class Study(BaseModel):
         if empty := [name for name, value in self.labels.items() if value == []]:
             raise ValueError(f"labels.{empty[0]} is an empty list: give its number, or the numbers of a region")
         reader = self.overwrite_image_reader_writer
-        if reader is not None and self.file_ending.lower() not in READERS[reader]:
+        if reader is not None and reader not in readers_of(self.file_ending):
             raise ValueError(f"overwrite_image_reader_writer: {reader} reads no {self.file_ending}")
         if self.has_regions and self.regions_class_order is None:
             raise ValueError("labels hold regions: regions_class_order is needed")
@@ -471,6 +472,11 @@ class Study(BaseModel):
         if self.overwrite_image_reader_writer is not None:
             result["overwrite_image_reader_writer"] = self.overwrite_image_reader_writer
         return result
+
+
+def readers_of(file_ending: str) -> list[str]:
+    """Names of nnU-Net's readers for images with this ending, in the order in which nnU-Net tries them."""
+    return [name for name, endings in READERS.items() if file_ending.lower() in endings]
 
 
 def parse(value: Any, where: str = "the study") -> Study:

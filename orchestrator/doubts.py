@@ -31,7 +31,7 @@ def doubts(study: Study, tolerance: dict[str, Any]) -> list[str]:
     """
     names = {index: name.casefold() for index, name in study.channel_names.items()}  # as nnU-Net compares them
     found = [_clipping(index, tolerance) for index in tolerance.get("percentiles_can_move", ()) if names[index] == "ct"]
-    z_scored = sorted((index for index, name in names.items() if name not in NO_Z_SCORE), key=int)
+    z_scored = [index for index, name in names.items() if name not in NO_Z_SCORE]
     if tolerance.get("nonzero_mask_decision_can_turn") and z_scored:
         found.append(_mask([f"{index} ({study.channel_names[index]})" for index in z_scored], tolerance))
     return found

@@ -28,7 +28,7 @@ from appliance.worker import nifti
 from appliance.worker.contents import Case, Problem, is_lfs_pointer, relative, simple_itk
 from appliance.worker.fingerprint import CaseStatistics, case_statistics
 from federation.errors import Code
-from federation.study import Study
+from federation.study import READER_2D, Study, readers_of
 
 BYTES_PER_PROCESS = 200_000_000
 """A further process pays its imports (a few seconds) back on this many bytes of image files."""
@@ -86,10 +86,10 @@ def reader_name(ending: str, images: list[Path]) -> str | None:
 
     For an ending that stands for images in two and in three dimensions it is the first that reads these.
     """
-    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determine_reader_writer_from_file_ending
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
-    fitting = [reader.__name__ for reader in LIST_OF_IO_CLASSES if ending.lower() in reader.supported_file_endings]
-    if fitting[:1] == ["NaturalImage2DIO"]:
+    fitting = readers_of(ending)
+    if fitting[:1] == [READER_2D]:
         for example in [path for path in images if path.is_file() and not is_lfs_pointer(path)][:3]:
             with contextlib.suppress(RuntimeError), _silence():
                 return str(determine_reader_writer_from_file_ending(ending, str(example), verbose=False).__name__)

@@ -207,10 +207,15 @@ def fleet_client(address: str, ca: bytes, key: Path, max_time: float | None = No
     )
 
 
+def _code(error: httpx.HTTPStatusError) -> int | None:
+    """Flower's own number for a refusal; None where it is not Flower's."""
+    told = FlowerError.from_json(error.response.text)
+    return None if told is None else told.code
+
+
 def is_not_let_in(error: httpx.HTTPStatusError) -> bool:
     """Whether the SuperLink does not take a node: its key is not registered, or is active already."""
-    told = FlowerError.from_json(error.response.text)
-    return told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+    return _code(error) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 
 
 def is_let_in(address: str, ca: bytes, key: Path, max_time: float) -> bool:
@@ -225,8 +230,7 @@ def is_let_in(address: str, ca: bytes, key: Path, max_time: float) -> bool:
         with contextlib.closing(fleet_client(address, ca, key, max_time)) as fleet:
             fleet.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(private.public_key())))
     except httpx.HTTPStatusError as error:
-        told = FlowerError.from_json(error.response.text)
-        if told is not None and told.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+        if _code(error) == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
             return True
         if is_not_let_in(error):
             return False
