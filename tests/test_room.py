@@ -264,7 +264,9 @@ def test_who_waits_for_too_long_is_told_to_come_again(monkeypatch: pytest.Monkey
 
     async def steps(flower: Flower, room: Room) -> None:
         flower.goes_on.set()
-        huge, second = Line(room, HERE, size=CHUNK + 1), Line(room, OTHER, size=CHUNK + 1)
+        huge = Line(room, HERE, size=CHUNK + 1)
+        await until(lambda: huge.asked > 0)  # who sends is looked up in threads: the second might come first
+        second = Line(room, OTHER, size=CHUNK + 1)
         await second.task
         assert (second.status, second.asked) == (503, 0)
         assert (b"connection", b"close") in second.answered[0]["headers"]  # so that it need not send all of it
