@@ -47,16 +47,19 @@ def judged(folder: Path, study: Study, references: Mapping[str, Box], **models: 
         per_case = []
         for name, box in references.items():
             reference, prediction = folder / f"{name}.nii.gz", out / f"{name}.nii.gz"
-            _write(reference, box)
+            _write(reference, box, study.labels.get("ignore"))
             _write(prediction, boxes[name])
-            per_case.append(compute_metrics(str(reference), str(prediction), SimpleITKIO(), [1]))
+            ignored = study.labels.get("ignore")
+            per_case.append(compute_metrics(str(reference), str(prediction), SimpleITKIO(), [1], ignored))
             recursive_fix_for_json_export(per_case[-1])
         save_summary_json({"metric_per_case": per_case, "mean": {}, "foreground_mean": {}}, str(out / "summary.json"))
     return told
 
 
-def _write(path: Path, box: Box) -> None:
+def _write(path: Path, box: Box, ignored: Any = None) -> None:
     mask = np.zeros((3, 3, 40), np.uint8)
+    if ignored is not None:
+        mask[:, :, 30:] = ignored
     if box is not None:
         mask[:, :, slice(*box)] = 1
     sitk.WriteImage(sitk.GetImageFromArray(mask), str(path))
@@ -200,3 +203,13 @@ def test_hd95_is_measured_anew_where_a_model_was_judged_anew(tmp_path: Path) -> 
     assert site_report.distances(told, PLANS, "0", "test")["lesion"].of[LOCAL] == [1.0, 1.0]
     again = judged(tmp_path, lesions(), references, local=far)
     assert site_report.distances(again, PLANS, "0", "test")["lesion"].of[LOCAL] == [5.0, 5.0]
+
+
+def test_hd95_leaves_out_what_the_reference_says_to_ignore_as_nnunets_dice_does(tmp_path: Path) -> None:
+    study = make_study(labels={"background": 0, "lesion": 1, "ignore": 2}, fold="0", compare="local")
+    references: dict[str, Box] = {"a": (10, 20), "b": (10, 20)}
+    near, up_to, beyond = (dict.fromkeys(references, (11, end)) for end in (21, 30, 36))
+    told = judged(tmp_path, study, references, local=near, federated=up_to, personalised=beyond)
+    far = site_report.distances(told, PLANS, "0", "test")["lesion"]
+    assert far.of[LOCAL] == [1.0, 1.0]
+    assert far.of[PERSONALISED] == far.of[FEDERATED] != far.of[LOCAL]

@@ -473,13 +473,15 @@ def distances(told: SiteStudy, plans: dict[str, Any], fold: str, kind: str) -> d
         files.sha256_of(workspace.model(plans) / f"fold_{fold}" / kind / "summary.json")
         for workspace in (told.workspace, *comparison.variants(told.workspace))
     ]
+    ignored = told.study.labels.get("ignore")
     kept = told.workspace.root / "comparison" / f"hd95-fold_{fold}-{kind}.json"
     if kept.exists():
         found = files.read_json(kept)
-        if found["summaries"] == summaries:
+        if (found["summaries"], found.get("ignored")) == (summaries, ignored):
             return {label: Distances(of["cases"], of["among"], of["of"]) for label, of in found["labels"].items()}
     measured = _measured(told.study, plans, models)
-    files.write_json(kept, {"summaries": summaries, "labels": {label: asdict(one) for label, one in measured.items()}})
+    labels = {label: asdict(one) for label, one in measured.items()}
+    files.write_json(kept, {"summaries": summaries, "ignored": ignored, "labels": labels})
     return measured
 
 
@@ -493,7 +495,7 @@ def _measured(
     rows: dict[str, dict[str, list[float]]] = {label: {} for label in among}
     for name in sorted(set().union(*chosen.values())):
         labels = {label: values[label] for label, names in chosen.items() if name in names}
-        found = [_distances_of(plans, cases[name], labels) for cases in models.values()]
+        found = [_distances_of(plans, cases[name], labels, study.labels.get("ignore")) for cases in models.values()]
         for label in labels:
             known = [value for of in found if (value := of.get(label)) is not None]
             if len(known) == len(models):
@@ -517,7 +519,10 @@ def _with_surfaces(models: Mapping[str, Mapping[str, CaseScore]], label: str) ->
     return sorted(set.intersection(*having))
 
 
-def _distances_of(plans: dict[str, Any], case: CaseScore, labels: Mapping[str, list[int]]) -> dict[str, float | None]:
+def _distances_of(
+    plans: dict[str, Any], case: CaseScore, labels: Mapping[str, list[int]], ignored: Any
+) -> dict[str, float | None]:
+    """HD95 by label; nothing is predicted where the reference says `ignore`, as in nnU-Net's scores."""
     if not case.prediction.exists() or not case.reference.exists():
         return {}
     reader = _reader(plans)
@@ -526,8 +531,9 @@ def _distances_of(plans: dict[str, Any], case: CaseScore, labels: Mapping[str, l
     if reference.shape != prediction.shape:
         return {}
     spacing = tuple(float(extent) for extent in properties["spacing"])
+    judged = np.True_ if ignored is None else reference[0] != ignored
     return {
-        label: comparison.hd95(np.isin(reference[0], values), np.isin(prediction[0], values), spacing)
+        label: comparison.hd95(np.isin(reference[0], values), np.isin(prediction[0], values) & judged, spacing)
         for label, values in labels.items()
     }
 
