@@ -60,6 +60,20 @@ class Kind(StrEnum):
     COMPARE = "compare"
 
 
+def kinds_of(study: Study) -> frozenset[Kind]:
+    """The tasks that a study consists of: a hospital that has approved it is asked for nothing else."""
+    if study.stop_after == "describe":
+        return frozenset({Kind.DESCRIBE})
+    found = {Kind.DESCRIBE, Kind.FINGERPRINT if study.mode == "ffe" else Kind.PREPARE}
+    if study.stop_after in ("prepare", "finish"):
+        found.add(Kind.PREPARE)
+    if study.stop_after == "finish":
+        found |= {Kind.TRAIN, Kind.VALIDATE, Kind.FINISH}
+        if study.compare == "local":
+            found.add(Kind.COMPARE)
+    return frozenset(found)
+
+
 class Weights(_Body):
     """Describes the safetensors file that travels next to a task or an answer.
 

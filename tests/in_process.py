@@ -36,7 +36,7 @@ from federation.errors import Code, FednnunetError
 from federation.flower.runner import Node
 from federation.flower.transfer import Received
 from federation.study import Study
-from federation.tasks import Task, parse_task
+from federation.tasks import Task, kinds_of, parse_task
 from orchestrator.conductor import Conductor
 from orchestrator.journal import Journal
 from orchestrator.workshop import Workshop
@@ -124,6 +124,7 @@ class SimulatedNetwork:
     def push(self, node: Node, group: str, body: str, weights: Any, ttl: float) -> str:
         """Lay the task into the site's spool and let the worker do it; a silent site never sees it."""
         task = parse_task(body)
+        assert task.kind in kinds_of(task.study), "a hospital's link would refuse it"
         site = list(self.workers)[node.node_id]
         message_id = f"m{len(self.pushed)}"
         self.pushed.append(task)

@@ -337,6 +337,12 @@ LIMITS: dict[str, tuple[Policy, Task]] = {
     "rounds": (Policy(studies="any", max_rounds=4), a_task()),
     "a fine fingerprint": (Policy(studies="any", fingerprint_min_cases=3), a_task(Kind.FINGERPRINT)),
     "scores": (Policy(studies="any", scores_may_leave=False), a_task(Kind.VALIDATE, fold="all")),
+    "what the study is none of: a fingerprint": (
+        Policy(studies="any"),
+        a_task(Kind.FINGERPRINT, a_study(mode="asymfedavg")),
+    ),
+    "what the study is none of: training": (Policy(studies="any"), a_task(Kind.TRAIN, a_study(stop_after="prepare"))),
+    "what the study is none of: a comparison": (Policy(studies="any"), a_task(Kind.COMPARE, fold="all")),
 }
 
 

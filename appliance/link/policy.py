@@ -25,7 +25,7 @@ from federation import files
 from federation.errors import Code, FednnunetError
 from federation.faults import faults
 from federation.study import PATTERNS, SHA256, Study
-from federation.tasks import Kind, Result, Task
+from federation.tasks import Kind, Result, Task, kinds_of
 
 log = logging.getLogger("fednnunet.policy")
 
@@ -106,6 +106,10 @@ class Policy(BaseModel):
         by_name = isinstance(self.studies, list) and study.id in self.studies
         if self.studies != "any" and not by_name and approval != "approved":
             raise FednnunetError(Code.STUDY_NOT_APPROVED, f"{study.name} ({study.id})")
+        if task.kind not in kinds_of(study):  # what was approved is the study as it is written
+            raise _refused(
+                f"task {task.kind} is no part of the study (mode {study.mode}, stop_after {study.stop_after})"
+            )
         if task.kind not in self.tasks:
             raise _refused(f"task {task.kind} is not in tasks")
         rounds = study.rounds * len(study.folds)
