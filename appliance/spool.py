@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +96,10 @@ class Spool:
             freed = answered.weights is not None and answer.weights is None
             if not failed_before and not freed:
                 return
-            shutil.rmtree(answer.folder)
+            files.remove_directory(answer.folder)
         else:
             if lay_there:
-                shutil.rmtree(answer.folder)  # with it the worker would take the task for done
+                files.remove_directory(answer.folder)  # with it the worker would take the task for done
             there = self._understood(folder / "task.json", tasks.parse_task)
             same_form = (weights is None) == (self.task_parcel(task).weights is None)
             if there is not None and there.attempt >= task.attempt and same_form:

@@ -144,6 +144,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def remove_directory(path: Path) -> None:
+    """Take a folder away at once: whoever makes it anew meanwhile loses nothing of it, and is not in the way."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(_retire(path), ignore_errors=True)
+
+
+def _retire(path: Path) -> Path:
+    """Give a folder another name; nothing else has it."""
+    retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
+    shutil.rmtree(retired, ignore_errors=True)
+    os.replace(path, retired)
+    return retired
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well, it becomes `path`, durably.
@@ -164,9 +178,7 @@ def new_directory(path: Path) -> Iterator[Path]:
                     sync_directory(item)
             sync_directory(temporary)
             if path.exists():
-                retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
-                shutil.rmtree(retired, ignore_errors=True)
-                os.replace(path, retired)
+                retired = _retire(path)
                 os.replace(temporary, path)
                 shutil.rmtree(retired, ignore_errors=True)
             else:

@@ -99,8 +99,8 @@ class Lock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
 
-    def _take(self, tries: int = 4) -> None:
-        """Take it; `is_held` has it for a moment when it asks."""
+    def _take(self, tries: int = 20) -> None:
+        """Take it; `is_held` has it for a moment when it asks, on a busy machine for a while."""
         while True:
             try:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

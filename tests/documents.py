@@ -163,7 +163,7 @@ class Person:
             process, said = self.started.pop()
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-            done = end(process, 30)
+            done = end(process, 120)
             ended.append(Done(done.status, said.read_text(), ""))
         while self._terminals:
             os.close(self._terminals.pop())

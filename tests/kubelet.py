@@ -230,9 +230,10 @@ class Node:
             flags += ["--env", f"{name}={value}"]
         for mount in container.get("volumeMounts", []):
             source = volumes[mount["name"]] / mount.get("subPath", "")
-            if not source.exists():
-                source.mkdir(parents=True)
-                _own(source)
+            with self._one:  # several pods of one claim start at once
+                if not source.exists():
+                    source.mkdir(parents=True)
+                    _own(source)
             flags += ["--volume", f"{source}:{mount['mountPath']}{':ro' if mount.get('readOnly') else ''}"]
         command = [*container.get("command", []), *container.get("args", [])]
         if container.get("command"):

@@ -199,10 +199,11 @@ def test_a_port_or_a_state_folder_in_use_is_named_and_free_again_it_starts(
     good(fednnunet("federation", "init", "federation", "--name", "127.0.0.1", cwd=tmp_path))
     refused(fednnunet("federation", "init", "federation", "--name", "127.0.0.1", cwd=tmp_path), 113, "federation")
     write_study(tmp_path / "study.yaml", phantom_study(["hospital_a"]))
+    port = free_port()  # stays ours between the tests of it: nobody else comes to listen there
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
         taken.listen()
-        port = taken.getsockname()[1]
         fleet = ("start", "--state", "federation", "--fleet-port", port, "--control-port", free_port())
         refused(command(ORCHESTRATOR, *fleet, cwd=tmp_path), 701, f"127.0.0.1:{port}")
         control = ("start", "--state", "federation", "--fleet-port", free_port(), "--control-port", port)
@@ -215,10 +216,10 @@ def test_a_port_or_a_state_folder_in_use_is_named_and_free_again_it_starts(
     lock.release()
     process = begin(ORCHESTRATOR, *fleet, cwd=tmp_path)
     try:
-        wait_for(lambda: process.poll() is not None or _answers(port), 60, "the hospitals' listener")
+        wait_for(lambda: process.poll() is not None or _answers(port), 180, "the hospitals' listener")
     finally:
         process.send_signal(signal.SIGINT)
-        good(end(process, 30))
+        good(end(process))
 
 
 def _answers(port: int) -> bool:
@@ -353,7 +354,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_training_is_said_and_the_same_com
     run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={data}", "--state", "state")
     process = begin(FEDNNUNET, *run, cwd=tmp_path)
     shown = Shown(process)
-    shown.wait_for("round 1 of 4", 120)
+    shown.wait_for("round 1 of 4", 400)
     filler = fill(disk)
     done = shown.end()
     assert "FNU-702" in done.err, done
@@ -427,11 +428,11 @@ def test_ctrl_c_in_the_middle_of_a_round_ends_every_process_and_the_second_start
     data = tiny_phantom_sites["hospital_a"]
     run = ("simulate", "run", "study.yaml", "--site", f"hospital_a={data}", "--state", "state")
     shown = Shown(begin(FEDNNUNET, *run, cwd=tmp_path))
-    shown.wait_for("round 1 of 4", 120)
+    shown.wait_for("round 1 of 4", 400)
     journal = next((tmp_path / "state" / "orchestrator").rglob("journal.jsonl"))
-    wait_for(lambda: '"train-fold_all-0002"' in journal.read_text(), 30, "round 2")
+    wait_for(lambda: '"train-fold_all-0002"' in journal.read_text(), 120, "round 2")
     os.killpg(shown.process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
-    done = shown.end(30)
+    done = shown.end()
     assert done.status == 130, done
     assert "every process is ended" in done.out, done
     assert "The same command goes on" in done.out, done
@@ -528,6 +529,8 @@ def test_a_site_that_never_appears_is_named(running: Running, tmp_path: Path) ->
         cwd=tmp_path,
     )
     good(added)
+    listed = ("site", "list", "--state", running.simulation.orchestrator, "--control", running.control)
+    wait_for(lambda: "hospital_a\tapproved\tonline" in fednnunet(*listed, cwd=tmp_path).out, 180, "hospital_a")
     done = running.submit("absent", ["hospital_a", "hospital_z"], appear_deadline=1)
     refused(done, 501, "hospital_z", "Start its appliance")
     assert "hospital_a is online" in done.out

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from charts import CHARTS, render
 from commands import APPLIANCE, command, good, wait_for
 from kubelet import Node
 
+from federation.audit import read
 from orchestrator.enrollment.authority import create
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
@@ -34,7 +34,7 @@ def helm_test(node: Node, documents: list[dict[str, Any]]) -> tuple[int, str]:
 
 def journal(node: Node) -> list[dict[str, Any]]:
     found = list(node.claim("shared").glob("studies/*/journal.jsonl"))
-    return [json.loads(line) for path in found for line in path.read_text().splitlines()]
+    return [line for path in found for line in read(path)]
 
 
 def events(node: Node, name: str) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def test_with_secrets_of_federation_init_the_orchestrator_tests_itself_and_a_hos
         shutil.copyfile(request, node.claim(f"{RELEASE}-state") / request.name)
         coordinator("fednnunet", "site", "approve", f"/state/{request.name}", "--state", "/state", "--yes")
         node.ready("north")
-        wait_for(lambda: "\tonline\t" in coordinator("fednnunet", "site", "list", "--state", "/state"), 90, "online")
+        wait_for(lambda: "\tonline\t" in coordinator("fednnunet", "site", "list", "--state", "/state"), 300, "online")
         saved = coordinator("orchestrator", "backup", "--state", "/state", "--output", "-").encode()
         with tarfile.open(fileobj=io.BytesIO(saved)) as archive:
             assert {"state/authority/ca.crt", "state/authority/control.token"} <= set(archive.getnames())

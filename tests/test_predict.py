@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from federation.processes import Lock
 from orchestrator import model
 
 MODEL = Path(NAME) / "nnUNetTrainer__nnUNetPlans__3d_fullres"
-CASES, LARGE = 7, 3  # the last ones take more than one window, and the time that a test needs to come between
+CASES, LARGE = 7, 3  # the last ones take more than one window
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,14 @@ class Batch:
         """In this process."""
         given = {"model": self.model, "device": "cpu", "threads": 1, **options}
         return inference.predict(inference.Options(images or self.images, out, **given), time.perf_counter())
+
+
+def with_a_long_last_case(whole: Batch, folder: Path) -> Batch:
+    """The last image is another one, of hundreds of windows: time for a test to come between."""
+    images = shutil.copytree(whole.images, folder / "slow")
+    (longer,) = (write_site(folder / "long", cases=1, test_cases=1, size=56) / "imagesTs").iterdir()
+    shutil.copyfile(longer, images / f"case_{CASES:02d}_0000.nii.gz")
+    return replace(whole, images=images)
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -154,20 +162,20 @@ def test_shards_as_an_indexed_job_runs_them_one_killed_and_started_again(
 ) -> None:
     out = tmp_path / "out"
 
-    def start(index: int) -> subprocess.Popen[str]:
+    def start(index: int, given: Batch = whole) -> subprocess.Popen[str]:
         """With processes of its own before and after, as on a GPU."""
         more = ("--preprocessing-processes", 1, "--export-processes", 1, "--log-format", "json")
         return begin(
             APPLIANCE,
-            *whole.arguments(out, *more, model=whole.zipped),
+            *given.arguments(out, *more, model=whole.zipped),
             cwd=tmp_path,
             JOB_COMPLETION_INDEX=str(index),
             FEDNNUNET_PREDICT_SHARDS="3",
             TMPDIR=str(tmp_path),
         )
 
-    killed = start(0)
-    wait_for(lambda: list(out.glob("*.nii.gz")), 120, "a first prediction of shard 0")
+    killed = start(0, with_a_long_last_case(whole, tmp_path))
+    wait_for(lambda: list(out.glob("*.nii.gz")), 300, "a first prediction of shard 0")
     killed.send_signal(signal.SIGKILL)
     killed.wait(30)
     killed.communicate()
@@ -235,10 +243,10 @@ def test_faulty_images_are_failures_with_their_reasons_and_the_others_are_predic
 
 def test_sigterm_ends_a_shard_soon_and_a_start_goes_on(whole: Batch, expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = begin(APPLIANCE, *whole.arguments(out), cwd=tmp_path)
-    wait_for(lambda: list(out.glob("*.nii.gz")), 120, "a first prediction")
+    process = begin(APPLIANCE, *with_a_long_last_case(whole, tmp_path).arguments(out), cwd=tmp_path)
+    wait_for(lambda: list(out.glob("*.nii.gz")), 300, "a first prediction")
     process.send_signal(signal.SIGTERM)
-    done = end(process, 30)
+    done = end(process)
     assert done.status == 143
     assert "ended by SIGTERM" in done.out
     assert len(names(out)) < CASES

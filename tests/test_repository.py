@@ -170,16 +170,20 @@ def test_help_of_every_command_answers_where_torch_flower_and_nnunet_are_not_ins
     assert done.returncode == 0, done.stderr
 
 
+def seconds_of_cpu(run: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", f"import sys; sys.argv[1:] = ['--help']; {run}"], cwd=ROOT, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_takes_less_than_six_tenths_of_a_second_of_cpu(program: str) -> None:
-    run = f"import sys; sys.argv = ['{program}', '--help']; from {PROGRAMS[program]} import main; main()"
-    seconds = []
-    for _ in range(3):  # the first may still write byte code
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", run], cwd=ROOT, check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.6, seconds
+def test_help_takes_little_more_cpu_than_that_of_an_empty_program(program: str) -> None:
+    """0.2 to 0.3 s and 0.17 s on one machine; another is slower, and so is the same one while it is busy."""
+    runs = "import typer; typer.run(lambda: None)", f"from {PROGRAMS[program]} import main; main()"
+    taken = [[seconds_of_cpu(run) for run in runs] for _ in range(3)]  # the first may still write byte code
+    empty, ours = map(min, zip(*taken, strict=True))
+    assert ours < 3.5 * empty, taken
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------

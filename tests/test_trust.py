@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -426,6 +427,24 @@ def test_what_a_later_version_left_of_this_very_study_does_not_hold_it_up(house:
     house.arrives(signed(task))
     assert [line["kind"] for line in house.left] == [task.kind, task.kind]
     assert [result.answers(task) for result in [house.spool.result(task)] if result] == [True]
+
+
+def test_a_worker_that_answers_anew_while_its_failure_is_taken_away_keeps_its_answer(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, real = a_task(), a_task(attempt=2), shutil.rmtree
+    house.spool.put_task(first, None)
+    failure = tasks.Failure(problems=[tasks.Count(code=Code.DISK_FULL.number, count=1)])
+    house.spool.put_result(first, Result.answering(first, failure=failure))
+
+    def slow(path: Path, **options: Any) -> None:
+        if ".retired-" in path.name and path.exists() and house.spool.result(second) is None:
+            house.spool.put_result(second, description(second))
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    house.spool.put_task(second, None)
+    assert house.spool.result(second) == description(second)
 
 
 def test_the_sites_report_leaves_out_what_a_later_version_has_written_of_its_study(house: House) -> None:

@@ -31,7 +31,7 @@ def command(name: str, results: Path, *arguments: object) -> None:
         env={**os.environ, **folders, "nnUNet_def_n_proc": "1"},
         capture_output=True,
         encoding="utf-8",
-        timeout=200,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
