@@ -115,14 +115,14 @@ def no_process_left(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     """Fail a test that leaves a process behind, one that has lost its parent too.
 
     Processes are known by a variable that they inherit, so it must not be taken out of their environment.
-    Ten seconds are given to those that are just ending; what is left then is killed.
+    A minute is given to those that are just ending; what is left then is killed.
     """
     import psutil
 
     mark = f"{os.getpid()}-{request.node.nodeid}"
     monkeypatch.setenv("FEDNNUNET_TEST_MARK", mark)
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     for line in left:
