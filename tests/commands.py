@@ -60,7 +60,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def end(process: subprocess.Popen[str], timeout: float = 300) -> Done:
+def end(process: subprocess.Popen[str], timeout: float = 600) -> Done:
     """Wait for a command; one that hangs is ended the way Ctrl-C would, and fails the test."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -75,17 +75,17 @@ def end(process: subprocess.Popen[str], timeout: float = 300) -> Done:
     return Done(process.returncode, out, err)
 
 
-def command(module: str, *arguments: object, cwd: Path, timeout: float = 300, **changes: str | None) -> Done:
+def command(module: str, *arguments: object, cwd: Path, timeout: float = 600, **changes: str | None) -> Done:
     """Run a command to its end."""
     return end(begin(module, *arguments, cwd=cwd, **changes), timeout)
 
 
-def fednnunet(*arguments: object, cwd: Path, timeout: float = 300, **changes: str | None) -> Done:
+def fednnunet(*arguments: object, cwd: Path, timeout: float = 600, **changes: str | None) -> Done:
     """Run `fednnunet ...` to its end."""
     return command(FEDNNUNET, *arguments, cwd=cwd, timeout=timeout, **changes)
 
 
-def appliance(*arguments: object, cwd: Path, timeout: float = 300, **changes: str | None) -> Done:
+def appliance(*arguments: object, cwd: Path, timeout: float = 600, **changes: str | None) -> Done:
     """Run `appliance` to its end."""
     return command(APPLIANCE, *arguments, cwd=cwd, timeout=timeout, **changes)
 
@@ -154,9 +154,9 @@ def phantom_study(sites: Sequence[str], **changes: Any) -> dict[str, Any]:
         "rounds": 2,
         "iterations_per_epoch": 5,
         "validation_iterations_per_epoch": 1,
-        "round_deadline": 120,
+        "round_deadline": 600,
         "step_deadline": 600,
-        "appear_deadline": 60,
+        "appear_deadline": 300,
         **changes,
     }
 

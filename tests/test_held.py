@@ -132,7 +132,7 @@ def test_what_is_sent_between_two_looks_is_found_by_the_next() -> None:
 
 def test_the_look_after_a_message_is_held_until_that_is_given_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its line may have lost it."""
-    monkeypatch.setattr(module, "UNHEARD", 0.3 - module.LATE)
+    monkeypatch.setattr(module, "UNHEARD", 2.0 - module.LATE)
 
     async def test(flower: Flower, held: Held) -> None:
         flower.waiting[SITE] = FULL

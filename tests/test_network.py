@@ -86,12 +86,12 @@ class Line:
         key = keypairs.load_private(self.authority.signing_key.read_bytes(), "coordinator.key")
         message, _ = signing.sign("task", task.model_dump_json(), "coordinator", key)
         node: Node = run.nodes()[SITE]
-        return run.push(node, task.key, message, file_array(file) if file else None, 60)
+        return run.push(node, task.key, message, file_array(file) if file else None, 300)
 
     def exchange(self, run: Run, task: Task, out: Path, file: Path | None = None, most: int = 2**30) -> Received:
         """Sign one task, send it to the site and fetch its answer."""
         sent = self.send(run, task, file)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             for ready in run.ready([sent]):
                 return run.take(ready, out, most, lambda: False)
@@ -133,7 +133,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
         supervisor.stop()
 
 
-def until(check: Callable[[], bool], seconds: float = 60) -> None:
+def until(check: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
@@ -411,7 +411,7 @@ def test_a_run_that_ends_while_its_task_is_fetched_holds_up_nothing_behind_it(li
 
         def push_but_one_chunk(request: Any) -> Any:
             if len(request.object_content) > 2**20 and next(chunks):
-                over.wait(60)
+                over.wait(600)
             return push(request)
 
         run._client.PushObject = push_but_one_chunk

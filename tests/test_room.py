@@ -102,7 +102,7 @@ class Line:
 def run(steps: Callable[[Flower, Room], Awaitable[None]], answer: int = 3) -> None:
     async def all_of_it() -> None:
         flower = Flower(answer)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             await steps(flower, Room(flower, flower))
 
     asyncio.run(all_of_it())
@@ -115,7 +115,7 @@ async def settled() -> None:
 
 
 async def until(found: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not found():
             await asyncio.sleep(0.01)
 
@@ -207,6 +207,7 @@ def test_so_many_are_read_at_a_time_and_fewer_worked_at_and_the_rest_waits_at_th
         await until(lambda: flower.got == [5])  # which is not held up by them
         for line in sent:
             line.send()
+        await until(lambda: room._held.total() == len(sent))  # who sends is looked up in threads
         await settled()
         assert sum(line.asked for line in sent) == CHUNKS
         assert flower.got == [5] + [LARGE] * module.AT_WORK
@@ -351,7 +352,7 @@ def test_an_answer_has_its_place_until_the_site_has_taken_it_and_a_small_one_non
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Path, Room]]:
     """As a SuperLink serves it, by its protocol, uvloop and TLS; answers that no buffer of the machine holds."""
-    monkeypatch.setattr(impatient, "BODY", 4.0)
+    monkeypatch.setattr(impatient, "BODY", 10.0)
     authority, port, flower = create(tmp_path / "authority", ["127.0.0.1"]), free_port(), Flower(TAKEN)
     room = Room(flower, flower)
     flower.goes_on.set()
@@ -380,7 +381,7 @@ def fetching(port: int, ca: Path) -> ssl.SSLSocket:
     """A connection whose operating system holds little, and that has asked for a part of a message."""
     plain = socket.socket()
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
-    plain.settimeout(20)
+    plain.settimeout(60)
     plain.connect(("127.0.0.1", port))
     held = ssl.create_default_context(cafile=str(ca)).wrap_socket(plain, server_hostname="127.0.0.1")
     headers = "".join(f"{name}: {value}\r\n" for name, value in HERE.headers().items())
@@ -392,7 +393,7 @@ def test_over_tls_what_is_not_taken_keeps_its_place_until_its_time_is_over(serve
     port, ca, room = server
     with contextlib.ExitStack() as stack:
         first, *_ = [stack.enter_context(fetching(port, ca)) for _ in range(OF_ONE_SITE)]
-        wait_for(lambda: room._held.total() == OF_ONE_SITE and room._at_work._value == module.AT_WORK, 20, "answers")
+        wait_for(lambda: room._held.total() == OF_ONE_SITE and room._at_work._value == module.AT_WORK, 60, "answers")
         with fetching(port, ca) as one_more:
             assert one_more.recv(100).startswith(b"HTTP/1.1 503")
 
@@ -401,7 +402,7 @@ def test_over_tls_what_is_not_taken_keeps_its_place_until_its_time_is_over(serve
                 first.recv(100)  # a little now and then is no way to keep it either
             return not room._held and room._chunks._value == CHUNKS
 
-        wait_for(free, 20, "places that are free again")
+        wait_for(free, 60, "places that are free again")
 
 
 @pytest.mark.parametrize("seconds", [2.0, pytest.param(60.0, marks=pytest.mark.long)])
@@ -409,7 +410,7 @@ def test_over_tls_a_slow_line_gets_all_of_it(
     server: tuple[int, Path, Room], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what it was given whole, uvicorn and uvloop forget after 35 s."""
-    monkeypatch.setattr(impatient, "BODY", 2 * seconds)
+    monkeypatch.setattr(impatient, "BODY", 600.0)
     port, ca, room = server
     with fetching(port, ca) as slow:
         taken = slow.recv(2**14)

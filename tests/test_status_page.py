@@ -80,7 +80,7 @@ def test_a_change_of_the_journal_is_sent_and_what_stays_is_not(tmp_path: Path) -
         changes = pages._changes(written.study.id)
         first = await anext(changes)
         written.write("phase", phase="training")
-        second = await asyncio.wait_for(anext(changes), 10)
+        second = await asyncio.wait_for(anext(changes), 60)
         await changes.aclose()
         return [first, second]
 
@@ -113,7 +113,8 @@ def test_a_study_is_watched_in_a_browser_from_its_start_to_its_report(
     from orchestrator.admin.simulate import Simulation, SiteOptions
 
     sites = ["hospital_a", "hospital_b"]
-    study = parse(json.loads(json.dumps({**phantom_study(sites, rounds=3), "name": "watched"})))
+    told = phantom_study(sites, rounds=3, iterations_per_epoch=60)  # the page looks once a second
+    study = parse(json.loads(json.dumps({**told, "name": "watched"})))
     simulation = Simulation(tmp_path / "f", {name: tiny_phantom_sites[name] for name in sites}, SiteOptions(threads=1))
     with simulation.running():
         token = (simulation.orchestrator / "authority" / "control.token").read_text().strip()

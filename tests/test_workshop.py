@@ -16,7 +16,7 @@ def test_an_idle_child_ends_and_the_next_job_gets_another(tmp_path: Path, monkey
         "import os\ndef main(arguments):\n    print(arguments, os.getppid())\n    return 3\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    workshop, parents = Workshop(idle=0.3), set[str]()
+    workshop, parents = Workshop(idle=3.0), set[str]()
 
     def job(number: int) -> int:
         log = tmp_path / f"{number}.log"
@@ -31,7 +31,7 @@ def test_an_idle_child_ends_and_the_next_job_gets_another(tmp_path: Path, monkey
         assert len(parents) == 1, "one child for jobs that follow each other"
         child = workshop._process
         assert child is not None
-        wait_for(lambda: child.poll() is not None, 10, "the end of an idle child")
+        wait_for(lambda: child.poll() is not None, 60, "the end of an idle child")
         assert child.returncode == 0
 
         opened = workshop.open

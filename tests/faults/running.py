@@ -77,7 +77,7 @@ class Federation:
 
         Forked children, which have the same command line, do not count.
         """
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while True:
             found = {}
             for process in psutil.process_iter(["cmdline", "status"]):
@@ -115,7 +115,7 @@ class Federation:
 
         def wait_and_disturb() -> None:
             try:
-                end = time.monotonic() + 120
+                end = time.monotonic() + 600
                 while not (begun() and self.asked(study, key, "hospital_a")):
                     assert time.monotonic() < end, "round 2 never began"
                     time.sleep(0.02)
