@@ -62,7 +62,7 @@ def test_a_clock_that_is_off_by_ten_minutes_costs_that_site_its_rounds_and_no_mo
     simulation: Shifted, jump: str
 ) -> None:
     federation = Federation(simulation)
-    shifted = study("shifted", quorum=1, rounds=8, round_deadline=20, step_deadline=120)
+    shifted = study("shifted", quorum=1, rounds=8, round_deadline=40, step_deadline=120)
 
     def closed() -> dict[int, dict[str, Any]]:
         return {line["round"]: line for line in federation.journal(shifted) if line["event"] == "closed"}
