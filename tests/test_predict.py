@@ -350,12 +350,12 @@ def test_the_description_of_a_dataset_is_not_replaced_by_the_models(whole: Batch
     dataset = tmp_path / "Dataset001_Liver"
     images = shutil.copytree(whole.images, dataset / "imagesTs")
     (dataset / "dataset.json").write_text('{"numTraining": 131}')
-    before = [path.name for path in dataset.iterdir()]
+    before = {path.name for path in dataset.iterdir()}
     for overwrite in (False, True):
         with numbered(Code.PREDICTED_OTHERWISE, "dataset.json is not the model's"):
             whole.predict(dataset, images, overwrite=overwrite)
     assert (dataset / "dataset.json").read_text() == '{"numTraining": 131}'
-    assert [path.name for path in dataset.iterdir()] == before
+    assert {path.name for path in dataset.iterdir()} == before
 
 
 SETTINGS = batch.PredictionSettings(
