@@ -46,7 +46,7 @@ def public_line(site: str) -> bytes:
 
 
 def a_study(**changes: Any) -> Study:
-    return parse(phantom_study([SITE, OTHER], **{"rounds": 5, **changes}))
+    return parse({**phantom_study([SITE, OTHER], rounds=5), **changes})
 
 
 def a_task(kind: Kind = Kind.DESCRIBE, study: Study | None = None, site: str = SITE, **changes: Any) -> Task:
@@ -215,6 +215,52 @@ def test_a_round_that_was_kept_back_is_refused_once_a_later_one_was_seen(house: 
     refused(Code.TASK_REPLAYED, lambda: house.arrives(signed(a_task(Kind.TRAIN, round=2))))
     another = a_study(seed=7)
     house.arrives(signed(a_task(Kind.TRAIN, study=another, round=1)))
+
+
+ONE_NAME = [
+    (Kind.DESCRIBE, {"round": 1}),
+    (Kind.FINGERPRINT, {"fold": "all"}),
+    (Kind.FINGERPRINT, {"fold": "all", "round": 2}),
+    (Kind.PREPARE, {"fold": "all"}),
+    (Kind.TRAIN, {"fold": "all"}),
+    (Kind.TRAIN, {"round": 1}),
+    (Kind.VALIDATE, {}),
+    (Kind.VALIDATE, {"fold": "all", "round": 1}),
+    (Kind.FINISH, {"fold": "all", "round": 1}),
+    (Kind.COMPARE, {"fold": "all", "round": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "place"), ONE_NAME)
+def test_a_task_has_one_name_so_that_its_question_is_answered_once(
+    house: House, kind: Kind, place: dict[str, Any]
+) -> None:
+    """Validate with a round beside it was another task for each number, with other weights to judge each time."""
+    body = {**json.loads(a_task(study=a_study(compare="local")).model_dump_json()), "kind": kind, **place}
+    message = signing.sign("task", json.dumps(body), "coordinator", COORDINATOR)[0]
+    refused(Code.ENVELOPE_INVALID, lambda: house.arrives(message))
+    assert house.spool.waiting() == []
+    assert house.left == []
+
+
+def test_after_its_validation_a_fold_is_trained_no_more_and_no_round_leaves_twice(house: House) -> None:
+    """With Validate the last round's weights are freed: asked again, it was trained again, from any weights."""
+    house.answering = lambda task: trained(task) if task.kind is Kind.TRAIN else description(task)
+    for number in range(1, 6):
+        house.arrives(signed(a_task(Kind.TRAIN, round=number)))
+    house.arrives(signed(a_task(Kind.TRAIN, round=5)))
+    house.arrives(signed(a_task(Kind.VALIDATE, fold="all")))
+    error = refused(Code.TASK_REPLAYED, lambda: house.arrives(signed(a_task(Kind.TRAIN, round=5))))
+    assert "after its training" in error.found
+    house.start()
+    refused(Code.TASK_REPLAYED, lambda: house.arrives(signed(a_task(Kind.TRAIN, round=5))))
+    house.arrives(signed(a_task(Kind.VALIDATE, fold="all")))
+    allow_rewind(house.folder / "arrivals.jsonl", a_study().id)
+    house.arrives(signed(a_task(Kind.TRAIN, round=5)))
+
+
+def test_a_study_that_does_not_name_this_hospital_asks_it_for_nothing(house: House) -> None:
+    refused(Code.POLICY_REFUSED, lambda: house.arrives(signed(a_task(study=a_study(sites=[OTHER])))))
 
 
 def test_after_a_restored_backup_a_person_lets_the_study_go_back_once(house: House) -> None:

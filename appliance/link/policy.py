@@ -106,6 +106,8 @@ class Policy(BaseModel):
         by_name = isinstance(self.studies, list) and study.id in self.studies
         if self.studies != "any" and not by_name and approval != "approved":
             raise FednnunetError(Code.STUDY_NOT_APPROVED, f"{study.name} ({study.id})")
+        if task.site not in study.sites:
+            raise _refused(f"the study does not name {task.site}: {', '.join(study.sites)}")
         if task.kind not in kinds_of(study):  # what was approved is the study as it is written
             raise _refused(
                 f"task {task.kind} is no part of the study (mode {study.mode}, stop_after {study.stop_after})"
