@@ -385,6 +385,28 @@ def test_plans_other_than_the_signed_ones_are_refused(tmp_path: Path) -> None:
     assert codes(unprepared) == [Code.PLANS_HASH.number]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"background": 0, "organ": 1, "lesion": 1}},
+        {"channel_names": {"0": "noNorm"}},
+        {"file_ending": "/../../../../outside.nii.gz"},
+        {"overwrite_image_reader_writer": "NibabelIOWithReorient"},
+        {"dataset": {"case_00": {"images": ["/etc/hostname"], "label": "/etc/hostname"}}},
+        {"numTraining": "8"},
+    ],
+)
+def test_a_dataset_json_beside_the_plans_that_is_not_the_studys_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """The hospital has approved the study's labels and channels; no digest is over what travels beside the plans."""
+    data, plans = shared_site()
+    site = Site(make_settings(data, tmp_path), make_study(), plans)
+    plan = site.prepare_task().plan
+    other = plan.model_copy(update={"dataset_json": {**plan.dataset_json, **change}})
+    assert codes(site.ask(site.prepare_task(plan=other))) == [Code.PLANS_REFUSED.number]
+
+
 def network(plans: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = plans["configurations"]["3d_fullres"]["architecture"]
     return found
