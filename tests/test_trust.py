@@ -598,6 +598,28 @@ def test_plain_words_say_what_leaves() -> None:
     assert "nothing finer than 3 cases" in in_plain_words(a_study(fingerprint_min_cases=3), SITE)
 
 
+def test_plain_words_of_a_study_that_ends_early_name_no_more_than_leaves() -> None:
+    described = in_plain_words(a_study(stop_after="describe"), SITE)
+    assert "ends after describe" in described
+    prepared = in_plain_words(a_study(stop_after="prepare"), SITE)
+    assert "A fingerprint:" in prepared
+    for words in (described, prepared):
+        assert "No training." in words
+        assert "rounds" not in words
+        assert "weights" not in words
+    assert "fingerprint" not in described
+
+
+def test_plain_words_say_where_another_hospital_can_tell_this_ones_weights() -> None:
+    five, told = [f"hospital_{letter}" for letter in "abcde"], "each of the two can compute the other's"
+    assert told in in_plain_words(a_study(), SITE)
+    assert told not in in_plain_words(a_study(sites=five), SITE)
+    assert told in in_plain_words(a_study(sites=five, quorum=2), SITE)
+    assert told in in_plain_words(a_study(sites=five, mode="asymfedavg"), SITE)
+    assert told not in in_plain_words(a_study(sites=five, mode="asymfedavg", layers="common"), SITE)
+    assert "perhaps this one's" in in_plain_words(a_study(sites=five, aggregation={"method": "krum"}), SITE)
+
+
 def test_the_ledger_fits_80_columns_with_every_number_whole() -> None:
     hour = dt.datetime(2026, 11, 25, 21, 53, 39, tzinfo=dt.UTC).isoformat()
     line = {"at": hour, "study": "3f0c" * 16, "kind": "fingerprint", "fold": "all", "round": 10000, "tensors": 1234}

@@ -54,7 +54,7 @@ fingerprint_min_cases = 1
 # The most megabytes of weights that one answer may carry.
 max_weights_mb = 2000
 
-# Scores (Dice for each label, and how many cases) may leave after Validate.
+# Scores (Dice for each label, and how many cases) may leave after Validate and Compare. The online Dice of Train does.
 scores_may_leave = true
 """
 
@@ -76,7 +76,7 @@ class Policy(BaseModel):
         1, ge=1, description="The least number of cases that a group in a fingerprint must stand for."
     )
     max_weights_mb: float = Field(2000, gt=0, description="The most megabytes of weights in one answer.")
-    scores_may_leave: bool = Field(True, description="Whether Dice may leave after Validate.")
+    scores_may_leave: bool = Field(True, description="Whether Dice may leave after Validate and Compare.")
 
     @field_validator("hours")
     @classmethod
