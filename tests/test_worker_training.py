@@ -407,6 +407,15 @@ def test_a_dataset_json_beside_the_plans_that_is_not_the_studys_is_refused(
     assert codes(site.ask(site.prepare_task(plan=other))) == [Code.PLANS_REFUSED.number]
 
 
+def in_old_words(configuration: dict[str, Any]) -> None:
+    """A network of any size, in the words of old plans, which nnU-Net still reads."""
+    del configuration["architecture"]
+    configuration |= {"UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 10**9}
+    configuration |= {"unet_max_num_features": 10**9, "n_conv_per_stage_encoder": [1, 1, 1]}
+    configuration |= {"n_conv_per_stage_decoder": [1, 1], "num_pool_per_axis": [2, 2, 2]}
+    configuration |= {"pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "conv_kernel_sizes": [[3, 3, 3]] * 3}
+
+
 def network(plans: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = plans["configurations"]["3d_fullres"]["architecture"]
     return found
@@ -428,6 +437,7 @@ def network(plans: dict[str, Any]) -> dict[str, Any]:
         lambda plans: network(plans)["arch_kwargs"].update(init="torch.nn.Linear"),
         lambda plans: network(plans)["arch_kwargs"].update(features_per_stage=[10**6] * 3),
         lambda plans: network(plans)["_kw_requires_import"].append("norm_op_kwargs"),
+        lambda plans: in_old_words(plans["configurations"]["3d_fullres"]),
         lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[10**5] * 3),
         lambda plans: plans["configurations"]["3d_fullres"].update(resampling_fn_data="os"),
         lambda plans: plans["configurations"]["3d_fullres"].update(preprocessor_name="subprocess"),
