@@ -121,7 +121,10 @@ def _bytes(line: dict[str, Any]) -> int:
 
 @app.command()
 def verify(config: Config = _DEFAULT) -> None:
-    """Check the chain: no line was changed, taken out or put elsewhere. Keep the last hash in another place."""
+    """Check the chain: no line was changed, taken out or put elsewhere.
+
+    Keep the last hash in another place: without it nobody sees that lines were taken off the end.
+    """
     from federation.audit import GENESIS, read
 
     path = _path(config)

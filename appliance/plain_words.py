@@ -24,8 +24,6 @@ def in_plain_words(study: Study, site: str) -> str:
         This site's name.
     """
     others = [name for name in study.sites if name != site]
-    rounds = study.rounds * len(study.folds)
-    steps = rounds * study.epochs_per_round * study.iterations_per_epoch
     channels = ", ".join(study.channel_names.values())
     labels = ", ".join(sorted(name for name in study.labels if name not in ("background", "ignore")))
     lines = [
@@ -38,15 +36,15 @@ def in_plain_words(study: Study, site: str) -> str:
         f"  Takes part: {site} (here)" + (f", with {', '.join(others)}." if others else ", alone."),
         "",
         "What it asks of this hospital",
-        f"  {rounds} rounds of training, {steps} steps in all, on this site's own images"
-        + (f" ({study.rounds} rounds for each of {len(study.folds)} folds)." if len(study.folds) > 1 else "."),
-        *([_compared(study)] if study.compare == "local" else []),
-        f"  A round may take up to {_time(study.round_deadline)}; then the others go on without it"
-        + (" (all sites are needed)." if study.quorum is None else f" ({study.quorum} sites are enough)."),
+        *(_training(study) if study.stop_after == "finish" else ["  No training."]),
         "",
         "What leaves this hospital, to the orchestrator alone",
-        "  The number of training and test cases, and numbers of warnings about files.",
+        "  The number of training and test cases, numbers of warnings about files.",
+        "  Versions of packages, kind of device, how long a task took.",
+        "  Where a task fails or is refused, the number of the error.",
     ]
+    if study.stop_after == "describe":
+        return "\n".join([*lines, "  Nothing else: the study ends after describe."])
     if study.mode == "ffe":
         groups = study.fingerprint_min_cases
         lines.append(
@@ -60,7 +58,8 @@ def in_plain_words(study: Study, site: str) -> str:
     if study.stop_after != "finish":
         return "\n".join([*lines, f"  Nothing else: the study ends after {study.stop_after}."])
     kept = f", without the layers {', '.join(study.keep_local)}" if study.keep_local else ""
-    kept += ", of the layers that other sites have too" if study.mode == "asymfedavg" else ""
+    if study.mode == "asymfedavg":
+        kept += ", of the layers that, as the orchestrator says, other sites have too"
     lines += [
         f"  In each round the network's weights{kept}, "
         + {"full": "float32", "half": "as float16 differences", "int8": "as differences in 8 bits"}[study.wire]
@@ -81,12 +80,36 @@ def in_plain_words(study: Study, site: str) -> str:
         "  This hospital gets the finished model"
         + ("." if study.one_model else ": the shared layers, and its own.")
         + " Other hospitals get the shared weights, too: they are computed from all sites' patients.",
+        *_seen_by_others(study),
     ]
     return "\n".join(lines)
 
 
-def _compared(study: Study) -> str:
-    return f"  The same training again on its images alone, then {study.personalise_epochs} epochs on from the model."
+def _training(study: Study) -> list[str]:
+    rounds = study.rounds * len(study.folds)
+    steps = rounds * study.epochs_per_round * study.iterations_per_epoch
+    lines = [
+        f"  {rounds} rounds of training, {steps} steps in all, on this site's own images"
+        + (f" ({study.rounds} rounds for each of {len(study.folds)} folds)." if len(study.folds) > 1 else "."),
+    ]
+    if study.compare == "local":
+        on = study.personalise_epochs
+        lines.append(f"  The same training again on its images alone, then {on} epochs on from the model.")
+    lines.append(
+        f"  A round may take up to {_time(study.round_deadline)}; then the others go on without it"
+        + (" (all sites are needed)." if study.quorum is None else f" ({study.quorum} sites are enough).")
+    )
+    return lines
+
+
+def _seen_by_others(study: Study) -> list[str]:
+    """Where the shared weights are one site's, or tell one site's to another."""
+    lines = []
+    if study.aggregation.method == "krum":
+        lines.append("  They are one hospital's weights in each round, perhaps this one's.")
+    if len(study.sites) > 1 and (study.needed <= 2 or (study.mode == "asymfedavg" and study.layers == "groups")):
+        lines.append("  Where they come from two hospitals alone, each of the two can compute the other's.")
+    return lines
 
 
 def _time(seconds: float) -> str:

@@ -163,6 +163,8 @@ def study_page() -> str:
         + "\n## Rules between keys\n\n"
         "- `channel_names` are numbered 0, 1, 2, ... without a gap; label numbers are consecutive from 0, with "
         "`background: 0`; the label `ignore`, where there is one, has the highest number (nnU-Net's rules).\n"
+        "- Names of channels and labels, and patterns of `keep_local`, are printable text of 200 letters at most: a "
+        "person at each hospital reads them before the study is approved.\n"
         "- A label that is a list of numbers is a region and needs `regions_class_order`.\n"
         "- `quorum` is at most the number of `sites`; no site is named twice.\n"
         "- `overwrite_target_spacing` has three positive numbers.\n"

@@ -6,6 +6,7 @@ Rules:
   before) and ``hash`` (SHA-256 of the canonical JSON of all the rest).
 - A line counts when it is fsynced. `append` returns only then.
 - A last line that was torn by a crash never counted: it is cut off when the file is opened for writing.
+- Lines that are taken off the end leave a sound chain: whoever has kept its last hash finds that.
 - A `Chain` is one process's own; a file that several processes write is for `append`, which locks it.
 - Any other damage is FNU-504.
 """

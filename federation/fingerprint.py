@@ -12,7 +12,8 @@ Rules:
 - Intensities lie on a dyadic grid: a piece covers `cells` cells of width 2**exponent from `start` on and carries a
   whole number of mass, MASS for each case. Histograms of different exponents stand side by side when merged.
 - With `min_cases` k > 1 nothing finer than k cases leaves: cases are put into groups of at least k, each shown by its
-  component-wise median, and pieces are joined until at least k cases have a part in each.
+  component-wise median, and pieces are joined until at least k cases have a part in each. Where such a run of cells
+  begins and ends would be values of one case: its ends are rounded outwards.
 - A fingerprint is decoded from a peer: whatever is not plausible is a ValidationError, before it costs anything.
 
 Worked example: two cases of 1 mm and 2 mm at one site and one case of 1 mm at another merge to

@@ -7,6 +7,7 @@ Rules:
   same file as it is.
 - The supervisor follows these files and shows each event: a line for people, or one line of JSON for machines. A
   traceback belongs to its event, and so do the three lines of a numbered error.
+- What is shown to people is printable: a message can hold what another side has sent.
 - A log file that has grown to `LIMIT` is copied to `NAME.1` and emptied: its writers append, and go on.
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from federation.errors import FednnunetError
+from federation.readable import printable
 
 Format = Literal["rich", "json"]
 LIMIT = 20 * 2**20
@@ -163,7 +165,7 @@ class Screen:
                 " ",
                 (f"{event.level:<7}", _COLOURS.get(event.level, "")),
                 " ",
-                event.message,
+                "\n".join(printable(line.expandtabs(), len(line) * 8) for line in event.message.split("\n")),
             )
             if (about := " ".join(str(event.fields[key]) for key in ("site", "task") if key in event.fields)) != "":
                 line.append(f"  {about}", "dim")

@@ -64,6 +64,9 @@ def check_plans(plans: Mapping[str, Any], study: Study) -> None:
     Raises FNU-303 when the configuration is missing and FNU-305 when something in them is not acceptable.
     """
     check_names(plans, study.configuration)
+    for entry in plans["configurations"].values():
+        if "UNet_class_name" in entry:  # a network in the words of old plans, which nothing here bounds
+            raise _refused("UNet_class_name", entry["UNet_class_name"])
     if plans.get("dataset_name") != study.dataset:
         raise _refused("dataset_name", plans.get("dataset_name"))
 

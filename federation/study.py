@@ -8,6 +8,7 @@ Rules:
   version adds, whose default is what was done before, does not make another study of one that is under way. So a
   default never changes.
 - Everything here travels to every hospital: nothing secret, nothing about one site alone.
+- Every text is short and printable: a person at a hospital approves what a terminal shows of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from federation.layers import kept_local, possible_names, unknown_patterns
 
 SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 MOST_FAULTS = 12
+MOST_LETTERS = 200
 NAME, PLANS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$", r"^[A-Za-z0-9][A-Za-z0-9_]{0,62}$"
 DATASET, FILE_ENDING = r"^Dataset[0-9]{3}_[A-Za-z0-9_-]{1,60}$", r"^\.[A-Za-z0-9.]{1,12}$"
 TRAINER, SHA256 = r"^[A-Za-z][A-Za-z0-9_]{0,80}$", r"^[0-9a-f]{64}$"
@@ -330,6 +332,7 @@ class Study(BaseModel):
         ):
             raise ValueError("overwrite_target_spacing needs three positive numbers")
         for fault in (
+            self._text_fault(),
             trainers.fault(self.trainer, self.rounds * self.epochs_per_round),
             self._aggregation_fault(),
             self._mode_fault(),
@@ -342,6 +345,14 @@ class Study(BaseModel):
         if self.has_regions and self.trainer in trainers.WITHOUT_REGIONS:
             raise ValueError(f"{self.trainer} knows no regions: use another trainer, or labels without regions")
         return self
+
+    def _text_fault(self) -> str | None:
+        texts = {"channel_names": self.channel_names.values(), "labels": self.labels, "keep_local": self.keep_local}
+        for key, values in texts.items():
+            for text in values:
+                if not text.isprintable() or len(text) > MOST_LETTERS:
+                    return f"{key}: {text[:40]!r} must be printable text of {MOST_LETTERS} letters at most"
+        return None
 
     def _aggregation_fault(self) -> str | None:
         rule = self.aggregation

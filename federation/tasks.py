@@ -3,7 +3,8 @@
 Rules:
 
 - A task is keyed by (study, kind, fold, round). Asked twice, it is answered from the outbox, not done twice;
-  only a failed answer to an earlier `attempt` is done again.
+  only a failed answer to an earlier `attempt` is done again. Train has a fold and a round, what follows it a fold, what
+  goes before neither: a study asks each of its questions once, under one key.
 - An answer holds sums, counts and weights. No case name, no path, no traceback: a failure is a number of the
   catalogue and a count.
 - Bodies are JSON. Weights travel as one safetensors file next to the body, described by `Weights`.
@@ -60,6 +61,9 @@ class Kind(StrEnum):
     COMPARE = "compare"
 
 
+OF_A_FOLD = frozenset({Kind.TRAIN, Kind.VALIDATE, Kind.FINISH, Kind.COMPARE})
+
+
 def kinds_of(study: Study) -> frozenset[Kind]:
     """The tasks that a study consists of: a hospital that has approved it is asked for nothing else."""
     if study.stop_after == "describe":
@@ -111,6 +115,14 @@ class Task(_Body):
     plan: Plan | None = None
     plans_sha256: Sha256 | None = Field(None, description="The plans that train, validate and finish refer to.")
     weights: Weights | None = None
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> Task:
+        if (self.fold is not None) != (self.kind in OF_A_FOLD):
+            raise ValueError(f"{self.kind} with fold {self.fold}")
+        if (self.round is not None) != (self.kind is Kind.TRAIN):
+            raise ValueError(f"{self.kind} with round {self.round}")
+        return self
 
     @property
     def key(self) -> str:

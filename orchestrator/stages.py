@@ -25,6 +25,7 @@ PLANNING = (
     "labels",
     "regions_class_order",
     "file_ending",
+    "overwrite_image_reader_writer",
     "fingerprint_min_cases",
     "planner",
     "gpu_memory_target",

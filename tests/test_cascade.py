@@ -285,6 +285,16 @@ def test_a_site_without_the_first_stages_model_says_so_by_number(both: Stages) -
     assert caught.value.code is Code.SITE_FAILED
 
 
+def test_a_cascade_takes_over_no_dataset_json_but_its_own() -> None:
+    """Hospitals refuse another one beside the plans: what it is made of is compared before a site is asked."""
+    lowres = study("3d_lowres")
+    others = {"overwrite_image_reader_writer": "NibabelIO", "dataset": "Dataset555_Other", "channel_names": {"0": "CT"}}
+    for field, value in {**others, "file_ending": ".nrrd", "regions_class_order": [1]}.items():
+        assert lowres.model_copy(update={field: value}).dataset_json(9) != lowres.dataset_json(9)
+        assert field in stages.PLANNING
+    assert "labels" in stages.PLANNING
+
+
 @pytest.mark.long
 def test_first_stages_that_do_not_fit_are_refused_before_a_site_is_asked(both: Stages) -> None:
     lowres = both.first.study

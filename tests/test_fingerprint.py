@@ -420,6 +420,29 @@ def of_sizes(sizes: list[float], min_cases: int = 1) -> SiteFingerprint:
     return site_fingerprint(cases, min_cases)
 
 
+def test_with_k_cases_no_end_of_a_group_or_a_piece_is_the_value_of_one_case() -> None:
+    """Of two cases in a group its first and last cell were both sizes; a histogram's end was one patient's voxel."""
+    told = of_sizes([0.3, 0.5], 2).relative_sizes
+    assert told == of_sizes([0.27, 0.51], 2).relative_sizes == of_sizes([0.31, 0.55], 2).relative_sizes
+    assert [(size.start, size.cells, size.count) for size in told] == [(256, 320, 2)]
+    assert [(size.start, size.cells) for size in of_sizes([0.3, 0.3, 1.0, 1.0], 2).relative_sizes] == [
+        (307, 1),
+        (1024, 1),
+    ]
+    random = np.random.default_rng(0)
+    cases = [random.normal(mean, 100, 3000) for mean in (0, 40, 80, 120, 160, 200)]
+    for min_cases in (2, 3, 5):
+        statistics = SiteStatistics(1, min_cases)
+        for case in cases:
+            statistics.add(CaseStatistics((1.0, 1.0, 1.0), (9, 9, 9), 1.0, (channel_statistics(case),)))
+        (grid,) = site_fingerprint(statistics, min_cases).channels[0].histogram
+        lowest = min(float(np.partition(case, 1)[1]) for case in cases)
+        assert grid.start[0] < math.floor(math.ldexp(lowest, -grid.exponent))
+        wide = [(start, cells) for start, cells in zip(grid.start, grid.cells, strict=True) if cells > 1]
+        assert wide
+        assert all(start % 4 == 0 == cells % 4 for start, cells in wide)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.one_of(st.floats(0.01, 1), st.floats(0.74, 0.76)), min_size=3, max_size=20), min_size=1),

@@ -62,6 +62,16 @@ def test_no_terminal_means_no_colour_and_no_wrapping() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_what_another_side_has_sent_is_obeyed_by_no_terminal() -> None:
+    """Before its signature is looked at, a message's own words stand in the error that it is refused with."""
+    stream = io.StringIO()
+    message = "unexpected \x1b[2J\x1b[8mhidden\u202e\n\tsecond line"
+    logs.Screen("rich", stream).show(logs.Event(logs.now(), "WARNING", "link", "a.b", message))
+    shown = stream.getvalue()
+    assert "unexpected ?[2J?[8mhidden?\n        second line" in shown
+    assert shown.replace("\n", "").isprintable()
+
+
 def test_a_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "LIMIT", 100)
     path = tmp_path / "log"

@@ -504,7 +504,9 @@ def test_a_foreign_bundle_is_refused_by_coordinator_and_link_and_never_unpacked(
     monkeypatch.setattr(runner, "bundle_hash", lambda: digest)  # a hostile coordinator that takes its own bundle
     got: list[Received] = []
     line.coordinate(
-        lambda run: got.append(line.exchange(run, Task(study=STUDY, site=SITE, kind=Kind.FINISH), tmp_path / "o"))
+        lambda run: got.append(
+            line.exchange(run, Task(study=STUDY, site=SITE, kind=Kind.FINISH, fold="all"), tmp_path / "o")
+        )
     )
     assert got[0].error_code == runner.BUNDLE_REFUSED
     assert not marker.exists()

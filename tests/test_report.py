@@ -119,6 +119,14 @@ def test_a_thousand_rounds_and_many_sites_stay_under_three_megabytes(tmp_path: P
     assert "hospital_063" in text
 
 
+def test_a_label_that_is_no_formula_does_not_end_the_report() -> None:
+    """A study's labels are the coordinator's words: of `$...$` matplotlib makes a formula, or an error."""
+    from federation.report.figures import Score, scores
+
+    drawn = scores({r"$\frac$ <b>": [Score("a", 0.5, 0.1, 0.2)]})
+    assert r"$\frac$ &lt;b&gt;" in drawn
+
+
 def test_figures_do_not_depend_on_what_others_have_done_to_matplotlib() -> None:
     import matplotlib
 

@@ -134,7 +134,7 @@ def ask(network: SimulatedNetwork, journal: Journal, deadline: float = 5.0, need
 
     def errand(site: str, full: bool) -> Errand:
         asked_full.append((site, full))
-        task = Task(study=journal.study, site=site, kind=kind)
+        task = Task(study=journal.study, site=site, kind=kind, fold="0" if kind in tasks.OF_A_FOLD else None)
         return Errand(task.model_copy(update={"attempt": journal.attempt(task)}))
 
     kind = changes.pop("kind", Kind.DESCRIBE)

@@ -76,6 +76,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a trainer of other epochs": ({"trainer": "nnUNetTrainer_250epochs"}, "rounds x epochs_per_round is 2"),
     "a trainer that needs another package": ({"trainer": "nnUNetTrainerAdan"}, "adan_pytorch"),
     "a trainer that measures": ({"trainer": "nnUNetTrainerBenchmark_5epochs"}, "trains nothing of use"),
+    "a label that a terminal obeys": (
+        {"labels": {"background": 0, "organ\x1b[8m": 1}},
+        "'organ\\x1b[8m' must be printable",
+    ),
+    "a label of two lines": ({"labels": {"background": 0, "a\nWhat leaves: nothing": 1}}, "must be printable text"),
+    "a channel that turns the line round": ({"channel_names": {0: "CT\u202e"}}, "channel_names: 'CT\\u202e' must be"),
+    "a layer that is no text": ({"keep_local": ["*[\x1bn]orm*"]}, "keep_local: '*[\\x1bn]orm*' must be"),
+    "a label as long as a page": ({"labels": {"background": 0, "a" * 201: 1}}, "of 200 letters at most"),
     "a trainer that nobody knows": ({"trainer": "nnUNetTrainerMagic"}, "not one of nnU-Net's trainers"),
 }
 

@@ -47,7 +47,7 @@ def public_line(site: str) -> bytes:
 
 
 def a_study(**changes: Any) -> Study:
-    return parse(phantom_study([SITE, OTHER], **{"rounds": 5, **changes}))
+    return parse({**phantom_study([SITE, OTHER], rounds=5), **changes})
 
 
 def a_task(kind: Kind = Kind.DESCRIBE, study: Study | None = None, site: str = SITE, **changes: Any) -> Task:
@@ -216,6 +216,52 @@ def test_a_round_that_was_kept_back_is_refused_once_a_later_one_was_seen(house: 
     refused(Code.TASK_REPLAYED, lambda: house.arrives(signed(a_task(Kind.TRAIN, round=2))))
     another = a_study(seed=7)
     house.arrives(signed(a_task(Kind.TRAIN, study=another, round=1)))
+
+
+ONE_NAME = [
+    (Kind.DESCRIBE, {"round": 1}),
+    (Kind.FINGERPRINT, {"fold": "all"}),
+    (Kind.FINGERPRINT, {"fold": "all", "round": 2}),
+    (Kind.PREPARE, {"fold": "all"}),
+    (Kind.TRAIN, {"fold": "all"}),
+    (Kind.TRAIN, {"round": 1}),
+    (Kind.VALIDATE, {}),
+    (Kind.VALIDATE, {"fold": "all", "round": 1}),
+    (Kind.FINISH, {"fold": "all", "round": 1}),
+    (Kind.COMPARE, {"fold": "all", "round": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "place"), ONE_NAME)
+def test_a_task_has_one_name_so_that_its_question_is_answered_once(
+    house: House, kind: Kind, place: dict[str, Any]
+) -> None:
+    """Validate with a round beside it was another task for each number, with other weights to judge each time."""
+    body = {**json.loads(a_task(study=a_study(compare="local")).model_dump_json()), "kind": kind, **place}
+    message = signing.sign("task", json.dumps(body), "coordinator", COORDINATOR)[0]
+    refused(Code.ENVELOPE_INVALID, lambda: house.arrives(message))
+    assert house.spool.waiting() == []
+    assert house.left == []
+
+
+def test_after_its_validation_a_fold_is_trained_no_more_and_no_round_leaves_twice(house: House) -> None:
+    """With Validate the last round's weights are freed: asked again, it was trained again, from any weights."""
+    house.answering = lambda task: trained(task) if task.kind is Kind.TRAIN else description(task)
+    for number in range(1, 6):
+        house.arrives(signed(a_task(Kind.TRAIN, round=number)))
+    house.arrives(signed(a_task(Kind.TRAIN, round=5)))
+    house.arrives(signed(a_task(Kind.VALIDATE, fold="all")))
+    error = refused(Code.TASK_REPLAYED, lambda: house.arrives(signed(a_task(Kind.TRAIN, round=5))))
+    assert "after its training" in error.found
+    house.start()
+    refused(Code.TASK_REPLAYED, lambda: house.arrives(signed(a_task(Kind.TRAIN, round=5))))
+    house.arrives(signed(a_task(Kind.VALIDATE, fold="all")))
+    allow_rewind(house.folder / "arrivals.jsonl", a_study().id)
+    house.arrives(signed(a_task(Kind.TRAIN, round=5)))
+
+
+def test_a_study_that_does_not_name_this_hospital_asks_it_for_nothing(house: House) -> None:
+    refused(Code.POLICY_REFUSED, lambda: house.arrives(signed(a_task(study=a_study(sites=[OTHER])))))
 
 
 def test_after_a_restored_backup_a_person_lets_the_study_go_back_once(house: House) -> None:
@@ -569,6 +615,28 @@ def test_plain_words_say_what_leaves() -> None:
     assert "without the layers seg_head" in asym
     assert "as differences in 8 bits" in in_plain_words(a_study(wire="int8"), SITE)
     assert "nothing finer than 3 cases" in in_plain_words(a_study(fingerprint_min_cases=3), SITE)
+
+
+def test_plain_words_of_a_study_that_ends_early_name_no_more_than_leaves() -> None:
+    described = in_plain_words(a_study(stop_after="describe"), SITE)
+    assert "ends after describe" in described
+    prepared = in_plain_words(a_study(stop_after="prepare"), SITE)
+    assert "A fingerprint:" in prepared
+    for words in (described, prepared):
+        assert "No training." in words
+        assert "rounds" not in words
+        assert "weights" not in words
+    assert "fingerprint" not in described
+
+
+def test_plain_words_say_where_another_hospital_can_tell_this_ones_weights() -> None:
+    five, told = [f"hospital_{letter}" for letter in "abcde"], "each of the two can compute the other's"
+    assert told in in_plain_words(a_study(), SITE)
+    assert told not in in_plain_words(a_study(sites=five), SITE)
+    assert told in in_plain_words(a_study(sites=five, quorum=2), SITE)
+    assert told in in_plain_words(a_study(sites=five, mode="asymfedavg"), SITE)
+    assert told not in in_plain_words(a_study(sites=five, mode="asymfedavg", layers="common"), SITE)
+    assert "perhaps this one's" in in_plain_words(a_study(sites=five, aggregation={"method": "krum"}), SITE)
 
 
 def test_the_ledger_fits_80_columns_with_every_number_whole() -> None:

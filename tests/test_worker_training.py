@@ -385,6 +385,37 @@ def test_plans_other_than_the_signed_ones_are_refused(tmp_path: Path) -> None:
     assert codes(unprepared) == [Code.PLANS_HASH.number]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"background": 0, "organ": 1, "lesion": 1}},
+        {"channel_names": {"0": "noNorm"}},
+        {"file_ending": "/../../../../outside.nii.gz"},
+        {"overwrite_image_reader_writer": "NibabelIOWithReorient"},
+        {"dataset": {"case_00": {"images": ["/etc/hostname"], "label": "/etc/hostname"}}},
+        {"numTraining": "8"},
+    ],
+)
+def test_a_dataset_json_beside_the_plans_that_is_not_the_studys_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """The hospital has approved the study's labels and channels; no digest is over what travels beside the plans."""
+    data, plans = shared_site()
+    site = Site(make_settings(data, tmp_path), make_study(), plans)
+    plan = site.prepare_task().plan
+    other = plan.model_copy(update={"dataset_json": {**plan.dataset_json, **change}})
+    assert codes(site.ask(site.prepare_task(plan=other))) == [Code.PLANS_REFUSED.number]
+
+
+def in_old_words(configuration: dict[str, Any]) -> None:
+    """A network of any size, in the words of old plans, which nnU-Net still reads."""
+    del configuration["architecture"]
+    configuration |= {"UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 10**9}
+    configuration |= {"unet_max_num_features": 10**9, "n_conv_per_stage_encoder": [1, 1, 1]}
+    configuration |= {"n_conv_per_stage_decoder": [1, 1], "num_pool_per_axis": [2, 2, 2]}
+    configuration |= {"pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "conv_kernel_sizes": [[3, 3, 3]] * 3}
+
+
 def network(plans: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = plans["configurations"]["3d_fullres"]["architecture"]
     return found
@@ -406,6 +437,7 @@ def network(plans: dict[str, Any]) -> dict[str, Any]:
         lambda plans: network(plans)["arch_kwargs"].update(init="torch.nn.Linear"),
         lambda plans: network(plans)["arch_kwargs"].update(features_per_stage=[10**6] * 3),
         lambda plans: network(plans)["_kw_requires_import"].append("norm_op_kwargs"),
+        lambda plans: in_old_words(plans["configurations"]["3d_fullres"]),
         lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[10**5] * 3),
         lambda plans: plans["configurations"]["3d_fullres"].update(resampling_fn_data="os"),
         lambda plans: plans["configurations"]["3d_fullres"].update(preprocessor_name="subprocess"),

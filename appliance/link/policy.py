@@ -54,7 +54,7 @@ fingerprint_min_cases = 1
 # The most megabytes of weights that one answer may carry.
 max_weights_mb = 2000
 
-# Scores (Dice for each label, and how many cases) may leave after Validate.
+# Scores (Dice for each label, and how many cases) may leave after Validate and Compare. The online Dice of Train does.
 scores_may_leave = true
 """
 
@@ -76,7 +76,7 @@ class Policy(BaseModel):
         1, ge=1, description="The least number of cases that a group in a fingerprint must stand for."
     )
     max_weights_mb: float = Field(2000, gt=0, description="The most megabytes of weights in one answer.")
-    scores_may_leave: bool = Field(True, description="Whether Dice may leave after Validate.")
+    scores_may_leave: bool = Field(True, description="Whether Dice may leave after Validate and Compare.")
 
     @field_validator("hours")
     @classmethod
@@ -106,6 +106,8 @@ class Policy(BaseModel):
         by_name = isinstance(self.studies, list) and study.id in self.studies
         if self.studies != "any" and not by_name and approval != "approved":
             raise FednnunetError(Code.STUDY_NOT_APPROVED, f"{study.name} ({study.id})")
+        if task.site not in study.sites:
+            raise _refused(f"the study does not name {task.site}: {', '.join(study.sites)}")
         if task.kind not in kinds_of(study):  # what was approved is the study as it is written
             raise _refused(
                 f"task {task.kind} is no part of the study (mode {study.mode}, stop_after {study.stop_after})"

@@ -5,7 +5,7 @@ Rules:
 - A task's signature must fit one of the keys in `coordinator.pub`, which came with the invitation.
 - A task that is sent again is signed again, with another nonce. A nonce that was met before is a replay (FNU-621).
 - Rounds of a fold only go forward: a task of an earlier round than the newest is of the past (FNU-621), whoever kept it
-  back.
+  back. What follows the training of a fold ends it: a round after that would be trained, and would leave, once more.
 - After the orchestrator was restored from a backup a person here lets the study go back, once (`appliance rewind`).
 - What arrived and what was decided is a line of the hash chain `arrivals.jsonl`, on the disk before the task goes on.
 """
@@ -22,6 +22,8 @@ from federation.errors import Code, FednnunetError
 from federation.tasks import Kind, Task, parse_task
 
 COORDINATOR = "coordinator"
+TRAINED = 1_000_000
+"""Stands for a round behind every round: the fold's training is over."""
 
 
 class Trust:
@@ -47,7 +49,7 @@ class Trust:
                 self._newest = {key: number for key, number in self._newest.items() if key[0] != line["study"]}
             if line["event"] == "accepted":
                 self._nonces.add(line["nonce"])
-                self._remember(line["study"], line["fold"], line["round"])
+                self._remember(line["study"], line["kind"], line["fold"], line["round"])
 
     def open(self, text: str) -> tuple[Task, str]:
         """The task in a message, and the nonce that its answer must name; raises FNU-602, 605, 620 or 621."""
@@ -72,7 +74,7 @@ class Trust:
             weights_sha256=task.weights.file_sha256 if task.weights else None,
         )
         self._nonces.add(opened.nonce)
-        self._remember(task.study.id, task.fold, task.round)
+        self._remember(task.study.id, task.kind, task.fold, task.round)
         return task, opened.nonce
 
     def refuse(self, task: Task, error: FednnunetError) -> None:
@@ -88,7 +90,8 @@ class Trust:
         if task.kind is Kind.TRAIN and task.round is not None and task.round < newest:
             if self._rewound(task.study.id):
                 return
-            raise FednnunetError(Code.TASK_REPLAYED, f"round {task.round} of fold {task.fold}, after round {newest}")
+            after = "its training" if newest == TRAINED else f"round {newest}"
+            raise FednnunetError(Code.TASK_REPLAYED, f"round {task.round} of fold {task.fold}, after {after}")
 
     def _rewound(self, study: str) -> bool:
         """Whether a person here has allowed the study to go back; it holds for once."""
@@ -100,10 +103,10 @@ class Trust:
         allowed.unlink()
         return True
 
-    def _remember(self, study: str, fold: str | None, number: int | None) -> None:
-        if number is not None:
-            key = (study, fold or "")
-            self._newest[key] = max(self._newest.get(key, 0), number)
+    def _remember(self, study: str, kind: str, fold: str | None, number: int | None) -> None:
+        if fold is not None:
+            newest = TRAINED if kind != Kind.TRAIN or number is None else number
+            self._newest[study, fold] = max(self._newest.get((study, fold), 0), newest)
 
 
 def allow_rewind(arrivals: Path, study: str) -> None:

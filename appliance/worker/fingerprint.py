@@ -406,7 +406,10 @@ def _mass_rounded_up(mass: int) -> int:
 
 
 def _pieces(sums: ChannelSums, min_cases: int) -> dict[tuple[int, int], int]:
-    """Cells, joined with their neighbours until each piece stands for `min_cases` cases; a rest joins the last one."""
+    """Cells, joined with their neighbours until each piece stands for `min_cases` cases; a rest joins the last one.
+
+    The ends of a piece of several cells are rounded outwards (`_widened`).
+    """
     histogram = sums.histogram
     assert histogram is not None
     occupied = [int(place) for place in np.flatnonzero(histogram.masses)]
@@ -424,23 +427,46 @@ def _pieces(sums: ChannelSums, min_cases: int) -> dict[tuple[int, int], int]:
     if first is not None:
         before, _, weight = pieces.pop()
         pieces.append((before, occupied[-1], weight + mass))
-    return {(histogram.start + first, last - first + 1): mass for first, last, mass in pieces}
+    found: Counter[tuple[int, int]] = Counter()
+    for first, last, mass in pieces:
+        start, end = _widened(histogram.start + first, histogram.start + last)
+        found[start, end - start] += mass
+    return found
 
 
 def _group_sizes(sizes: Counter[int], min_cases: int) -> tuple[RelativeSize, ...]:
-    groups: list[RelativeSize] = []
+    """Cells, joined with their neighbours until each group stands for `min_cases` cases; a rest joins the last one.
+
+    The ends of a group of several cells are rounded outwards (`_widened`).
+    """
+    groups: list[tuple[int, int, int]] = []  # first cell, last cell, cases
     first, count = None, 0
     for cell in sorted(sizes):
         first = cell if first is None else first
         count += sizes[cell]
         if count >= min_cases:
-            groups.append(RelativeSize(start=first, cells=cell - first + 1, count=count))
+            groups.append((first, cell, count))
             first, count = None, 0
     if count:
-        last = groups.pop()
-        cells = max(sizes) - last.start + 1
-        groups.append(RelativeSize(start=last.start, cells=cells, count=last.count + count))
-    return tuple(groups)
+        before, _, others = groups.pop()
+        groups.append((before, max(sizes), others + count))
+    found: Counter[tuple[int, int]] = Counter()
+    for first, last, count in groups:
+        start, end = _widened(first, last)
+        found[start, min(end, RELATIVE_SIZE_CELLS + 1) - start] += count
+    return tuple(RelativeSize(start=start, cells=cells, count=count) for (start, cells), count in sorted(found.items()))
+
+
+def _widened(first: int, last: int) -> tuple[int, int]:
+    """Ends, the second exclusive, of a run of cells, moved outwards to multiples of a quarter of its length or more.
+
+    The first and the last cell that a group holds are values of one case each: they are told no finer than that, nor
+    than four cells. A run of one cell stays as it is: all its cases lie there.
+    """
+    if first == last:
+        return first, last + 1
+    step = max(4, (1 << (last - first).bit_length()) // 4)
+    return first // step * step, -(-(last + 1) // step) * step
 
 
 def _group_geometry(

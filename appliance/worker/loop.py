@@ -224,8 +224,7 @@ class Worker:
             return self._fingerprint(task, workspace, control), None
         if task.kind is tasks.Kind.PREPARE:
             return self._prepare(task, workspace, control), None
-        if task.fold is None:
-            raise FednnunetError(Code.ENVELOPE_INVALID, f"{task.kind} without a fold")
+        assert task.fold is not None  # tasks.Task sees to it
         if task.kind is tasks.Kind.TRAIN:
             return self._train(task, task.fold, workspace, control)
         if task.kind is tasks.Kind.VALIDATE:
@@ -277,7 +276,8 @@ class Worker:
         return tasks.Result.answering(task, preparation=report)
 
     def _train(self, task: tasks.Task, fold: str, workspace: Workspace, control: Control) -> Answer:
-        if task.round is None or task.round > task.study.rounds:
+        assert task.round is not None  # tasks.Task sees to it
+        if task.round > task.study.rounds:
             raise FednnunetError(Code.ENVELOPE_INVALID, f"round {task.round}")
         global_weights, digest = self._weights(task, fold, workspace)
         trainer = self._open(task, fold, workspace, control)

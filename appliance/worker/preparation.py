@@ -4,6 +4,8 @@ Rules:
 
 - The plans must be those that the orchestrator signed for (FNU-302) and name nothing but nnU-Net's own (FNU-305). With
   AsymFedAvg the site plans for itself (appliance.worker.planning).
+- The dataset.json beside them is the study's, which a person here has approved; its number of cases alone is the pooled
+  one. Any other is refused (FNU-305).
 - The site's data is read-only: the raw folder holds links to it.
 - Preprocessing is nnU-Net's own, case by case. Its result lies below `work/preprocessed`, keyed by plans,
   configuration and data: whole or not there, and done once for all studies that share the three.
@@ -166,7 +168,11 @@ def _given_plan(task: tasks.Task) -> tasks.Plan:
     if files.sha256_json(task.plan.plans) != task.plan.plans_sha256:
         raise FednnunetError(Code.PLANS_HASH, f"their SHA-256 is {files.sha256_json(task.plan.plans)}")
     check_plans(task.plan.plans, task.study)
-    return task.plan
+    given = task.plan.dataset_json
+    number = given.get("numTraining")
+    if type(number) is not int or given != task.study.dataset_json(number):
+        raise FednnunetError(Code.PLANS_REFUSED, f"dataset.json is not the study's: {str(given)[:200]}")
+    return task.plan.model_copy(update={"dataset_json": task.study.dataset_json(number)})
 
 
 def find_cases(examination: Examination) -> tuple[list[Case], str]:

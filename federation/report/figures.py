@@ -53,6 +53,7 @@ _STYLE: Any = {
     "grid.color": FAINT,
     "grid.linewidth": 0.4,
     "text.color": INK,
+    "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
