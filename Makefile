@@ -24,7 +24,7 @@ IMAGES = --base-image $(BASE_IMAGE) --tools-image $(TOOLS_IMAGE) --source $(SOUR
 export DOCKER BASE_IMAGE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-exhaustive faults test-browser test-gpu test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
+.PHONY: help demo test test-shaken test-long test-exhaustive faults test-browser test-gpu test-containers test-charts helm-tools test-fresh lint format benchmark docs pictures lock base-image wheelhouse image \
     image-sizes clean distclean
 
 help: ## show this list
@@ -36,6 +36,9 @@ demo: $(READY) ## three phantom hospitals train one model on this machine (under
 test: $(READY) ## unit tests and whole federations on this machine (about 15 minutes on 2 cores)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not exhaustive and not browser and not containers and not charts and not gpu and not benchmark" \
 	    $(PARALLEL) --durations=10 $(PYTEST_ARGS)
+
+test-shaken: $(READY) ## `make test` with threads that begin late and folders in any order: finds races (half an hour)
+	@PYTHONPATH="$(CURDIR)/tests/shaken" $(MAKE) --no-print-directory test
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, a cascade, real data, the pages of the documentation
 	@$(ONE_THREAD) $(BIN)/python -m pytest $(call marked,long) -m "long and not exhaustive" $(PARALLEL) --durations=10 $(PYTEST_ARGS)
