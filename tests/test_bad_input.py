@@ -446,6 +446,7 @@ def test_ctrl_c_in_the_middle_of_a_round_ends_every_process_and_the_second_start
     assert "round 1 of 4" not in again.out, again
     assert "round 4 of 4" in again.out, again
     assert "model: " in again.out, again
+    assert not [*(tmp_path / "state").rglob("incoming/*")], "what was on its way is taken away"
 
 
 def lives_below(folder: Path) -> list[str]:
