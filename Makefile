@@ -37,7 +37,7 @@ test: $(READY) ## unit tests and whole federations on this machine (about 15 min
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not long and not exhaustive and not browser and not containers and not charts and not gpu and not benchmark" \
 	    $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 
-test-shaken: $(READY) ## `make test` with threads that begin late and folders in any order: finds races (half an hour)
+test-shaken: $(READY) ## `make test` with threads that begin late and folders in any order: finds races (about 15 minutes)
 	@PYTHONPATH="$(CURDIR)/tests/shaken" $(MAKE) --no-print-directory test
 
 test-long: $(READY) ## whole studies for rarer cases: full disks, a cascade, real data, the pages of the documentation
