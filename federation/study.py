@@ -28,6 +28,7 @@ from federation.layers import kept_local, possible_names, unknown_patterns
 SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 MOST_FAULTS = 12
 MOST_LETTERS = 200
+"""Of a text that another side has written and that a terminal shows: a label, the name of a GPU."""
 NAME, PLANS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$", r"^[A-Za-z0-9][A-Za-z0-9_]{0,62}$"
 DATASET, FILE_ENDING = r"^Dataset[0-9]{3}_[A-Za-z0-9_-]{1,60}$", r"^\.[A-Za-z0-9.]{1,12}$"
 TRAINER, SHA256 = r"^[A-Za-z][A-Za-z0-9_]{0,80}$", r"^[0-9a-f]{64}$"

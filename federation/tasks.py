@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from federation.errors import Code, FednnunetError
 from federation.fingerprint import SiteFingerprint
-from federation.study import SiteName, Study
+from federation.study import MOST_LETTERS, SiteName, Study
 
 PROTOCOL = 1
 TrainedFold = Literal["0", "1", "2", "3", "4", "all"]
@@ -41,7 +41,7 @@ def _is_printable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(max_length=200), AfterValidator(_is_printable)]
+Text = Annotated[str, Field(max_length=MOST_LETTERS), AfterValidator(_is_printable)]
 """What a site says in words, such as the name of its GPU."""
 
 

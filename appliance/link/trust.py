@@ -49,7 +49,7 @@ class Trust:
                 self._newest = {key: number for key, number in self._newest.items() if key[0] != line["study"]}
             if line["event"] == "accepted":
                 self._nonces.add(line["nonce"])
-                self._remember(line["study"], line["kind"], line["fold"], line["round"])
+                self._remember(line["study"], line["fold"], line["round"])
 
     def open(self, text: str) -> tuple[Task, str]:
         """The task in a message, and the nonce that its answer must name; raises FNU-602, 605, 620 or 621."""
@@ -74,7 +74,7 @@ class Trust:
             weights_sha256=task.weights.file_sha256 if task.weights else None,
         )
         self._nonces.add(opened.nonce)
-        self._remember(task.study.id, task.kind, task.fold, task.round)
+        self._remember(task.study.id, task.fold, task.round)
         return task, opened.nonce
 
     def refuse(self, task: Task, error: FednnunetError) -> None:
@@ -103,9 +103,9 @@ class Trust:
         allowed.unlink()
         return True
 
-    def _remember(self, study: str, kind: str, fold: str | None, number: int | None) -> None:
-        if fold is not None:
-            newest = TRAINED if kind != Kind.TRAIN or number is None else number
+    def _remember(self, study: str, fold: str | None, number: int | None) -> None:
+        if fold is not None:  # without a round it is a task that follows the training
+            newest = TRAINED if number is None else number
             self._newest[study, fold] = max(self._newest.get((study, fold), 0), newest)
 
 

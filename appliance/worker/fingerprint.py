@@ -408,7 +408,7 @@ def _mass_rounded_up(mass: int) -> int:
 def _pieces(sums: ChannelSums, min_cases: int) -> dict[tuple[int, int], int]:
     """Cells, joined with their neighbours until each piece stands for `min_cases` cases; a rest joins the last one.
 
-    The ends of a piece of several cells are rounded outwards (`_widened`).
+    Their ends are rounded outwards (`_widened`).
     """
     histogram = sums.histogram
     assert histogram is not None
@@ -427,17 +427,13 @@ def _pieces(sums: ChannelSums, min_cases: int) -> dict[tuple[int, int], int]:
     if first is not None:
         before, _, weight = pieces.pop()
         pieces.append((before, occupied[-1], weight + mass))
-    found: Counter[tuple[int, int]] = Counter()
-    for first, last, mass in pieces:
-        start, end = _widened(histogram.start + first, histogram.start + last)
-        found[start, end - start] += mass
-    return found
+    return _widened((histogram.start + first, histogram.start + last, mass) for first, last, mass in pieces)
 
 
 def _group_sizes(sizes: Counter[int], min_cases: int) -> tuple[RelativeSize, ...]:
     """Cells, joined with their neighbours until each group stands for `min_cases` cases; a rest joins the last one.
 
-    The ends of a group of several cells are rounded outwards (`_widened`).
+    Their ends are rounded outwards (`_widened`).
     """
     groups: list[tuple[int, int, int]] = []  # first cell, last cell, cases
     first, count = None, 0
@@ -450,23 +446,30 @@ def _group_sizes(sizes: Counter[int], min_cases: int) -> tuple[RelativeSize, ...
     if count:
         before, _, others = groups.pop()
         groups.append((before, max(sizes), others + count))
-    found: Counter[tuple[int, int]] = Counter()
-    for first, last, count in groups:
-        start, end = _widened(first, last)
-        found[start, min(end, RELATIVE_SIZE_CELLS + 1) - start] += count
+    found = _widened(groups, RELATIVE_SIZE_CELLS + 1)
     return tuple(RelativeSize(start=start, cells=cells, count=count) for (start, cells), count in sorted(found.items()))
 
 
-def _widened(first: int, last: int) -> tuple[int, int]:
-    """Ends, the second exclusive, of a run of cells, moved outwards to multiples of a quarter of its length or more.
+def _widened(runs: Iterable[tuple[int, int, int]], end: int | None = None) -> Counter[tuple[int, int]]:
+    """Runs of cells by (start, cells), their ends moved outwards to multiples of a quarter of the length or more.
 
-    The first and the last cell that a group holds are values of one case each: they are told no finer than that, nor
-    than four cells. A run of one cell stays as it is: all its cases lie there.
+    The first and the last cell of a run are values of one case each: they are told no finer than that, nor than four
+    cells. A run of one cell stays as it is: all its cases lie there.
+
+    Parameters
+    ----------
+    runs : iterable of (first cell, last cell, amount)
+    end : int, optional
+        The cell that no run reaches.
     """
-    if first == last:
-        return first, last + 1
-    step = max(4, (1 << (last - first).bit_length()) // 4)
-    return first // step * step, -(-(last + 1) // step) * step
+    found: Counter[tuple[int, int]] = Counter()
+    for first, last, amount in runs:
+        start, stop = first, last + 1
+        if first != last:
+            step = max(4, (1 << (last - first).bit_length()) // 4)
+            start, stop = first // step * step, -(-stop // step) * step
+        found[start, (stop if end is None else min(stop, end)) - start] += amount
+    return found
 
 
 def _group_geometry(
